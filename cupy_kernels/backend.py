@@ -50,6 +50,9 @@ class Backend:
         """The compiled kernel, as `start` takes it. shared_bytes: dynamic shared memory of a launch."""
         raise NotImplementedError
 
+    def config(self, step):
+        """What `start` needs to know of a launch besides its handle and its numbers."""
+
     def start(self, launches: list, stream: int | None) -> None:
         """Starts `launch.Packed`s in order, in a stream of the current device. Does not check arguments."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from . import cache, nvrtc
 from .backend import Backend, Room
+from .driver import COOPERATIVE, OVERLAPPING, Config, launch_with
 from .errors import BackendError
 from .source import Kernel, unit
 
@@ -44,7 +45,7 @@ class Gpu(Backend):
         cuda = cupy().cuda.runtime
         names = ("CooperativeLaunch", "MultiProcessorCount", "MaxSharedMemoryPerBlockOptin")
         able, *room = (cuda.deviceGetAttribute(getattr(cuda, f"cudaDevAttr{name}"), device) for name in names)
-        return Room(*room) if able else None
+        return Room(*room) if able and launch_with() else None
 
     def function(self, kernel: Kernel, shared_bytes: int = 0):
         """The compiled kernel on the current device, as a CuPy function.
@@ -66,6 +67,11 @@ class Gpu(Backend):
     def handle(self, kernel, shared_bytes):
         return self.function(kernel, shared_bytes).kernel.ptr
 
+    def config(self, step):
+        """The launch's `Config`; None for a plain launch."""
+        attribute = COOPERATIVE if step.cooperative else step.overlapping and _overlaps(self._place()) and OVERLAPPING
+        return Config(step.grid, step.block, step.shared_bytes, attribute) if attribute else None
+
     def start(self, launches, stream):
         cuda = cupy().cuda
         if not cuda.driver.ctxGetCurrent():  # a thread that has not used the GPU
@@ -73,10 +79,15 @@ class Gpu(Backend):
         start, packed = cuda.driver.launchKernel, None
         try:
             for packed in launches:
-                if packed.step.cooperative:
-                    cuda.driver.launchCooperativeKernel(*packed.numbers, stream, packed.parameters)
-                else:
+                config = packed.config
+                if config is None:
                     start(*packed.numbers, stream, packed.parameters, 0)
+                    continue
+                if config.stream != stream:
+                    config.stream = stream
+                error = launch_with()(config.address, packed.numbers[0], packed.parameters, None)
+                if error:
+                    raise cuda.driver.CUDADriverError(error)
         except cuda.driver.CUDADriverError as error:
             raise RuntimeError(
                 f"CUDA does not start {packed.step.kernel}: {error}. This may be the error of an earlier kernel, of "
@@ -112,6 +123,14 @@ class Gpu(Backend):
                 "chooses (default ~/.cupy/kernel_cache), and temporary files in that of TMPDIR"
             ) from error
         return module
+
+
+@functools.cache
+def _overlaps(device: int) -> bool:
+    """Whether a kernel of the GPU may start while the one before it ends, also in a CUDA graph."""
+    cuda = cupy().cuda
+    newer = int(cuda.Device(device).compute_capability) >= 90 and cuda.runtime.driverGetVersion() >= 12030
+    return newer and launch_with() is not None
 
 
 def _code(kernel: Kernel, architecture: str) -> Path:

@@ -51,7 +51,7 @@ def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tu
         "group_invstd": ((images * groups,), np.float32),
     }
     if keep:
-        arrays["argmax"] = (pooled, np.uint8)
+        arrays["argmax"] = ((images, channels, pooled[2] // 4), np.uint8)  # two bits for each window
         arrays["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
     if keep or half:
         arrays["unit_exponents"] = ((images * p.units,), np.int32)

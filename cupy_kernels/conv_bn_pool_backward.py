@@ -1,6 +1,7 @@
 """The backward of `conv_bn_pool`. Names and shapes are the same."""
 
 import functools
+import math
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from .common import THREADS, ceil_div
 from .conv_transpose_mma import Plan, conv_transpose_mma
 from .conv_wgrad_mma import Plan as WgradPlan
 from .conv_wgrad_mma import conv_wgrad_mma
-from .fp16_tiles import pack_fp16, packed_shape, scale_fp16
+from .fp16_tiles import access_width, packed_shape, scale_fp16, tile_pixels
 from .launch import launch
 from .pooled_tail import backward_defines, tail_macros, tail_threads, windows_of
 from .source import Kernel
@@ -18,11 +19,15 @@ from .source import Kernel
 _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 
 
-def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
+def gradient_arrays(
+    p: Plan, images: int, packed: bool = False, centred: bool = False, x=None
+) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that `tail_gradients` and `output_gradient` write, for `weight_gradient` and dgrad.
 
     packed: whether dy is one of them.
-    borders: whether `borders` is one of them, which `weight_gradient` needs for a centred x.
+    x: None, or the input, [N, K, H, W], if its packed tiles are.
+    centred: whether these tiles are of x less its first image's means, for a gradient of float32. With statistics of
+        the batch, dy sums to 0. Then this changes only the rounding error (see benchmarks/NOTES.md).
     """
     macros = dict(p.macros)
     channels = macros["OUT_CHANNELS"]
@@ -34,9 +39,12 @@ def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[s
     }
     if packed:
         arrays["dy_packed"] = (packed_output_shape(p, images), np.float16)
-    if borders:
+    if centred:
         shares = ceil_div(images, _images_together(images))
         arrays["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
+        arrays["x_sums"] = ((macros["IN_CHANNELS"],), np.float32)
+    if x is not None:
+        arrays["x_packed"] = (packed_shape(x.shape, macros["SPLIT"]), np.float16)
     return arrays
 
 
@@ -75,43 +83,36 @@ def tail_gradients(
     parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
 
 
-def output_gradient(weight, dy, kept, made, *, training: bool, **options) -> None:
+def output_gradient(scratch, x, weight, dy, kept, made, *, training: bool, **options) -> None:
     """Computes dy, the gradient of the convolution's output, from what `tail_gradients` has written.
 
     It is written as packed tiles if `made` has them, and to dy, [N, M, OH, OW], if that is not None, for the general
-    convolution kernels.
+    convolution kernels. x is packed, too, if `made` has its tiles.
     options: plan, groups, activation.
     """
     given = (made["g"], *map(kept.get, ("argmax", "saved", "exponents", "unit_exponents", "mean", "invstd")), weight)
     given += (made["sums"] if training else None,)
+    if "x_sums" in made:
+        channel_sum(x[:1], made["x_sums"], scratch(channel_sum_workspace_size(x[:1]), np.float64))
     if "dy_packed" in made:
-        conv_output_gradient_packed(*given, made["dy_exponents"], made["dy_packed"], made.get("borders"), **options)
+        packed = (made["dy_packed"], *map(made.get, ("borders", "x_sums", "x_packed")))
+        conv_output_gradient_packed(*given, made["dy_exponents"], x, *packed, **options)
     if dy is not None:
         conv_output_gradient(*given, dy, **options)
 
 
-def weight_gradient(scratch, x, kept, made, dw, *, plan: WgradPlan, centred: bool) -> None:
-    """Writes dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`.
-
-    centred: whether to subtract the first image's means from x, which is float32. With statistics of the batch, dy sums
-        to 0. Then this changes only the rounding error (see benchmarks/NOTES.md).
-    """
-    unit_exponents, sums = kept["unit_exponents"], None
-    partial = scratch(plan.partial_size, np.float32)
-    if ("CHANNELS_LAST", 1) in plan.macros:
-        x_packed, x_exponents = x, None
-        if x.dtype != np.float16:
-            x_packed, x_exponents = scratch(x.shape, np.float16), unit_exponents
+def weight_gradient(scratch, x, kept, made, dw, *, plan: WgradPlan) -> None:
+    """Writes dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`."""
+    x_packed, x_exponents = made.get("x_packed", x), kept["unit_exponents"]
+    if "x_packed" not in made:  # channels_last
+        if x.dtype == np.float16:
+            x_exponents = None
+        else:
+            x_packed = scratch(x.shape, np.float16)
             scale_fp16(x, x_exponents, x_packed)
-        conv_wgrad_mma(plan, x_packed, x_exponents, None, made["dy_packed"], made["dy_exponents"], None, partial, dw)
-        return
-    if centred:
-        sums = scratch((x.shape[1],), x.dtype)
-        channel_sum(x[:1], sums, scratch(channel_sum_workspace_size(x[:1]), np.float64))
-    x_packed = scratch(packed_shape(x.shape, plan.split), np.float16)
-    pack_fp16(x, unit_exponents, sums, x_packed, plan.split)
     dy = made["dy_packed"], made["dy_exponents"], made.get("borders")
-    conv_wgrad_mma(plan, x_packed, unit_exponents, sums, *dy, partial, dw)
+    partial = scratch(plan.partial_size, np.float32)
+    conv_wgrad_mma(plan, x_packed, x_exponents, made.get("x_sums"), *dy, partial, dw)
 
 
 def input_gradient(scratch, w, made, dx, *, plan: Plan) -> None:
@@ -190,26 +191,49 @@ def conv_output_gradient(
 
 
 def conv_output_gradient_packed(
-    g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders, *, plan, **tail
+    g,
+    argmax,
+    saved,
+    exponents,
+    unit_exponents,
+    mean,
+    invstd,
+    weight,
+    sums,
+    dy_exponents,
+    x,
+    dy,
+    borders=None,
+    x_sums=None,
+    x_packed=None,
+    *,
+    plan,
+    **tail,
 ) -> None:
     """The same as packed fp16 tiles, for tensor cores: dy times 2^e, where e is the smallest of dy_exponents.
 
     dy_exponents: from `parameter_gradients`.
+    x, x_sums, x_packed: None, or the convolution's input and what `fp16_tiles.pack_fp16` takes, under the scale of
+        unit_exponents. It is packed by the same kernel, because dy alone does not keep the memory busy.
     dy: float16, of `packed_output_shape`, written.
     borders: None, or as in `gradient_arrays`, written: sums of dy times 2^e over the pixels that have no partner in x
         for a tap, for parts of the images, as `conv_wgrad_mma` takes them.
     """
     images = g.shape[0]
     together = _images_together(images)
-    macros = _backward_macros(plan, **tail)
-    sizes = dict(macros)
+    sizes = dict(_backward_macros(plan, **tail))
     blocks = dy.shape[1] * ceil_div(together * windows_of(sizes), sizes["TILE"])
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
+    if x_packed is not None:
+        pixels = math.prod(x.shape[2:])
+        sizes["X_WIDTH"] = access_width(x, pixels)
+        blocks += x_packed.shape[1] * ceil_div(together * pixels, tile_pixels(sizes["SPLIT"], sizes["X_WIDTH"]))
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient_packed", macros),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient_packed", tuple(sizes.items())),
         (ceil_div(images, together) * blocks, 1, 1),
         (THREADS, 1, 1),
         (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders)
+        + (None if x_packed is None else x, x_sums, x_packed, unit_exponents.size)
         + (_count(plan, images), images, together),
     )
 

@@ -38,7 +38,7 @@ def exponents_size(shape, itemsize: int) -> int:
 
 def largest_magnitude(source, exponents) -> None:
     """Writes `exponents`: for each part of `source`, the exponent of the scale that fits this part."""
-    width = _width(source, math.prod(source.shape[2:]))
+    width = access_width(source, math.prod(source.shape[2:]))
     kernel = Kernel("fp16_tiles.cu", "largest_magnitude", _macros(scalar(source), 1, width))
     launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
 
@@ -51,10 +51,10 @@ def pack_fp16(source, exponents, sums, packed, split: int) -> None:
         half as large.
     """
     (images, channels), pixels = source.shape[:2], math.prod(source.shape[2:])
-    width = _width(source, pixels)
+    width = access_width(source, pixels)
     launch(
         Kernel("fp16_tiles.cu", "pack_fp16", _macros(scalar(source), split, width)),
-        (ceil_div(images * pixels, _tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
+        (ceil_div(images * pixels, tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
         (THREADS, 1, 1),
         (source, exponents, sums, packed, exponents.size, images, channels, pixels),
     )
@@ -62,7 +62,7 @@ def pack_fp16(source, exponents, sums, packed, split: int) -> None:
 
 def scale_fp16(source, exponents, scaled) -> None:
     """Writes `scaled`, float16 of the shape of `source`, under the scale of the smallest of `exponents`."""
-    width = _width(source, source.size)
+    width = access_width(source, source.size)
     kernel = Kernel("fp16_tiles.cu", "scale_fp16", _macros(scalar(source), 1, width))
     blocks = ceil_div(source.size, THREADS * width)
     launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (source, exponents, scaled, exponents.size, source.size))
@@ -76,15 +76,15 @@ def variants():
 
 
 def _macros(name, split, width):
-    sizes = {"WIDTH": width, "THREADS": THREADS, "TILE_PIXELS": _tile_pixels(split, width), "BATCH": _BATCH}
+    sizes = {"WIDTH": width, "THREADS": THREADS, "BATCH": _BATCH}
     return (*scalar_macros(name), *packing_macros(split).items(), *sizes.items())
 
 
-def _tile_pixels(split, width):
-    """Pixels of a block of pack_fp16. A thread has 8 channels of `width` of them."""
+def tile_pixels(split: int, width: int) -> int:
+    """Pixels that a block packs. A thread has 8 channels of `width` of them."""
     return THREADS * 8 // chunk_channels(split) * width
 
 
-def _width(source, length) -> int:
+def access_width(source, length: int) -> int:
     """Elements of an access to rows of this length: four, or one where these do not divide."""
     return 4 if row_width(length, source) >= 4 else 1

@@ -32,6 +32,7 @@ class _Prepared(NamedTuple):
     scalars: list[tuple[int, type]]  # (place, type to cast to)
     pointers: list[tuple[int, np.dtype | None]]  # (place, dtype)
     cooperative: bool  # whether all blocks start at once
+    overlapping: bool  # whether it may start while the kernel before it ends
 
 
 class Step(NamedTuple):
@@ -45,6 +46,7 @@ class Step(NamedTuple):
     args: list
     shared_bytes: int
     cooperative: bool
+    overlapping: bool
 
 
 @source.until_overridden
@@ -53,7 +55,8 @@ def _prepared(kernel: Kernel) -> _Prepared:
     parameters = source.signature(kernel)
     scalars = [(i, parameter.dtype.type) for i, parameter in enumerate(parameters) if not parameter.pointer]
     pointers = [(i, parameter.dtype) for i, parameter in enumerate(parameters) if parameter.pointer]
-    return _Prepared(kernel, parameters, scalars, pointers, source.cooperative(kernel))
+    how = source.cooperative(kernel), source.overlapping(kernel)
+    return _Prepared(kernel, parameters, scalars, pointers, *how)
 
 
 def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
@@ -66,7 +69,8 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     shared_bytes: dynamic shared memory per block.
 
     A kernel that calls grid_barrier() of common.cuh is launched cooperatively: all its blocks run at once. CUDA refuses
-    more blocks than fit.
+    more blocks than fit. One whose first statement is wait_for_earlier_kernels() may start while the kernel before it
+    ends.
 
     Raises ValueError for a wrong number of arguments, a non-contiguous array, a number that its type cannot hold, and
     sizes that CUDA does not allow; TypeError for an array of another dtype than the kernel declares, and for arrays of
@@ -75,7 +79,7 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     steps, requested = getattr(_thread, "steps", None), kernel
     if steps is None:
         notify(kernel, grid, block, args, shared_bytes)
-    kernel, parameters, scalars, pointers, cooperative = _prepared(kernel)
+    kernel, parameters, scalars, pointers, *how = _prepared(kernel)
     if len(args) != len(parameters):
         raise ValueError(f"{kernel} takes {len(parameters)} arguments, received {len(args)}")
     if 0 in grid:
@@ -105,7 +109,7 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     except OverflowError as error:
         number, dtype = parameters[i].name, parameters[i].dtype
         raise ValueError(f"{kernel}: {number}={args[i]} does not fit {dtype}") from error
-    step = Step(requested, kernel, parameters, grid, block, cast, shared_bytes, cooperative)
+    step = Step(requested, kernel, parameters, grid, block, cast, shared_bytes, *how)
     if steps is not None:
         steps.append(step)
     elif on_gpu:
@@ -120,12 +124,14 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
 class Packed:
     """A launch as a backend starts it. numbers: the kernel's handle, grid, block, bytes of shared memory.
 
+    config: what the backend's `config` gives for the step.
     parameters: the address of `pointers`, an array of the addresses of the arguments' values.
     """
 
-    __slots__ = ("numbers", "parameters", "pointers", "step")
+    __slots__ = ("config", "numbers", "parameters", "pointers", "step")
 
-    def __init__(self, step: Step, handle, pointers: np.ndarray):
+    def __init__(self, step: Step, backend: Backend, pointers: np.ndarray):
+        handle, self.config = backend.handle(step.kernel, step.shared_bytes), backend.config(step)
         self.step, self.numbers = step, (handle, *step.grid, *step.block, step.shared_bytes)
         self.pointers, self.parameters = pointers, pointers.ctypes.data
 
@@ -168,8 +174,7 @@ class Batch:
                 end += place == end
                 pointers.append(words.ctypes.data + 8 * place)
             words[end : end + len(pointers)] = pointers
-            handle = backend.handle(step.kernel, step.shared_bytes)
-            self.launches.append(Packed(step, handle, words[end : end + len(pointers)]))
+            self.launches.append(Packed(step, backend, words[end : end + len(pointers)]))
             end += len(pointers)
 
     def start(self, pointers: list[int], values: list, stream: int | None) -> None:

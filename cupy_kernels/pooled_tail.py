@@ -21,10 +21,13 @@ _SAMPLES = (
         (128, 8, 34, dtype, 1, True, last)
         for dtype, last in itertools.product(("float", "half_t", "bf16_t"), (False, True))
     ),
-    (80, 1, 66, "float", 1, False, False),
+    (80, 1, 67, "float", 1, False, False),
     (80, 1, 66, "half_t", 1, True, True),
     (48, 3, 71, "float", 2, False, False),
 )
+
+
+SHAPE_MACROS = ("X_CHANNELS", "X_WIDTH")
 
 
 @until_overridden
@@ -96,6 +99,9 @@ def backward_defines(macros):
     blocks = {
         "TILE": THREADS * 8 // chunk_channels(split),
         "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
+        "x_t": types_of(macros)["param_t"] if macros["CHANNELS_LAST"] else macros["scalar_t"],  # if it packs x
+        "X_CHANNELS": macros["IN_CHANNELS"],
+        "X_WIDTH": 1 if macros["IN_H"] * macros["IN_W"] % 4 else 4,
     }
     return (saved, *packing_macros(split).items(), *convolution, *blocks.items())
 
@@ -110,6 +116,7 @@ def variants():
     for channels, groups, size, dtype, split, half, last in _SAMPLES:
         sample = {"scalar_t": dtype, "SPLIT": split, "OUT_CHANNELS": channels, "OUT_H": size, "OUT_W": size}
         sample.update(KERNEL_H=5, KERNEL_W=5, PAD_H=1, PAD_W=1, CHANNELS_LAST=int(last))
+        sample.update(IN_CHANNELS=64, IN_H=size - 2, IN_W=size - 2)
         sample.update(param_t=dtype, pooled_t="half_t" if half else "float")
         pitch = ceil_div(size, 2)
         for wgmma in (0, 1):
@@ -122,4 +129,6 @@ def variants():
                 if (dtype, split) != ("float", 2):
                     for statistics in (1, 0):
                         yield Variant("pooled_tail.cu", (*tail, ("STATISTICS", statistics)))
-                yield Variant("pooled_tail_backward.cu", (*tail, *backward_defines(sample)))
+                for x_t in ("float", "half_t", "bf16_t") if (dtype, half, last) == ("float", True, False) else (dtype,):
+                    sizes = {**sample, "scalar_t": x_t}
+                    yield Variant("pooled_tail_backward.cu", (*tail, *backward_defines(sizes)))

@@ -362,9 +362,19 @@ def launch_bound(kernel: Kernel) -> int | None:
 @until_overridden
 def cooperative(kernel: Kernel) -> bool:
     """Whether the kernel's text calls grid_barrier(), so that all its blocks must start at once."""
+    return re.search(r"\bgrid_barrier\s*\(", _code(kernel)) is not None
+
+
+@until_overridden
+def overlapping(kernel: Kernel) -> bool:
+    """Whether the kernel's first statement is wait_for_earlier_kernels(), so that it may start while they end."""
+    return re.match(r"[^{]*{\s*wait_for_earlier_kernels\s*\(\s*\)\s*;", _code(kernel)) is not None
+
+
+def _code(kernel):
+    """The kernel's text without comments."""
     text = expanded(kernel.file)
-    code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text[slice(*span(text, kernel.name))], flags=re.DOTALL)
-    return re.search(r"\bgrid_barrier\s*\(", code) is not None
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", text[slice(*span(text, kernel.name))], flags=re.DOTALL)
 
 
 def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:

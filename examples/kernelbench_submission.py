@@ -22,7 +22,7 @@ import re
 import struct
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache as until_overridden
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +63,12 @@ SYNONYMS = {
     "unsigned int": "unsigned",
     "unsigned char": "u8",
 }
+
+
+def span(text, name) -> tuple[int, int] | None:
+    """(start, end) of the definition of the kernel `name` in `text`; None if it is not there."""
+    match = definitions(text).get(name)
+    return match and (match.start(), _end(text, match) or len(text))
 
 
 @functools.lru_cache(64)
@@ -201,6 +207,18 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
     return tuple(_parameter(kernel, *p) for p in found[kernel.name])
 
 
+@until_overridden
+def overlapping(kernel: Kernel) -> bool:
+    """Whether the kernel's first statement is wait_for_earlier_kernels(), so that it may start while they end."""
+    return re.match(r"[^{]*{\s*wait_for_earlier_kernels\s*\(\s*\)\s*;", _code(kernel)) is not None
+
+
+def _code(kernel):
+    """The kernel's text without comments."""
+    text = expanded(kernel.file)
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", text[slice(*span(text, kernel.name))], flags=re.DOTALL)
+
+
 def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
     marks = [word for word in kind.split() if word in ("INOUT", "const")]
     base = " ".join(kind.split()[len(marks) :])  # "unsigned int" is not "int"
@@ -257,6 +275,63 @@ def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/driver.py
+#
+# Launches with an attribute, by the CUDA driver's cuLaunchKernelEx, which CuPy does not have.
+
+COOPERATIVE, OVERLAPPING = 2, 6  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE, ..._PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class Config(ctypes.Structure):
+    """CUlaunchConfig of a launch with one attribute, set to 1."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_size_t),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+    def __init__(self, grid, block, shared_bytes: int, attribute: int):
+        set_to = ctypes.pointer(_Attribute(attribute, 0, (1,)))
+        super().__init__(tuple(grid), tuple(block), shared_bytes, 0, set_to, 1)
+        self.address = ctypes.addressof(self)
+
+
+@functools.cache
+def launch_with() -> Callable[[int, int, int, None], int] | None:
+    """cuLaunchKernelEx(address of a Config, kernel, address of its arguments, None), which returns an error's number.
+
+    None if the driver is older than CUDA 11.8.
+    """
+    function = getattr(ctypes.CDLL("libcuda.so.1"), "cuLaunchKernelEx", None)
+    if function:
+        function.argtypes = [ctypes.c_void_p] * 4
+    return function
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/compiler.py
+#
+# The GPU backend: compiles kernel text to a function on the current device with cupy.RawModule.
+
+@functools.cache
+def _overlaps(device: int) -> bool:
+    """Whether a kernel of the GPU may start while the one before it ends, also in a CUDA graph."""
+    cuda = cupy().cuda
+    newer = int(cuda.Device(device).compute_capability) >= 90 and cuda.runtime.driverGetVersion() >= 12030
+    return newer and launch_with() is not None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/launch.py
 #
 # The only place that starts kernels, on CuPy arrays (GPU) or NumPy arrays (emulator).
@@ -275,17 +350,20 @@ class Step(NamedTuple):
     args: list
     shared_bytes: int
     cooperative: bool
+    overlapping: bool
 
 
 class Packed:
     """A launch as a backend starts it. numbers: the kernel's handle, grid, block, bytes of shared memory.
 
+    config: what the backend's `config` gives for the step.
     parameters: the address of `pointers`, an array of the addresses of the arguments' values.
     """
 
-    __slots__ = ("numbers", "parameters", "pointers", "step")
+    __slots__ = ("config", "numbers", "parameters", "pointers", "step")
 
-    def __init__(self, step: Step, handle, pointers: np.ndarray):
+    def __init__(self, step: Step, backend: Backend, pointers: np.ndarray):
+        handle, self.config = backend.handle(step.kernel, step.shared_bytes), backend.config(step)
         self.step, self.numbers = step, (handle, *step.grid, *step.block, step.shared_bytes)
         self.pointers, self.parameters = pointers, pointers.ctypes.data
 
@@ -328,8 +406,7 @@ class Batch:
                 end += place == end
                 pointers.append(words.ctypes.data + 8 * place)
             words[end : end + len(pointers)] = pointers
-            handle = backend.handle(step.kernel, step.shared_bytes)
-            self.launches.append(Packed(step, handle, words[end : end + len(pointers)]))
+            self.launches.append(Packed(step, backend, words[end : end + len(pointers)]))
             end += len(pointers)
 
     def start(self, pointers: list[int], values: list, stream: int | None) -> None:
@@ -489,42 +566,25 @@ def packed_shape(shape, split: int) -> tuple[int, int, int, int]:
     return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), LINE_BYTES // 2
 
 
-def pack_fp16(source, exponents, sums, packed, split: int) -> None:
-    """Writes `packed`, the tiles of `source`, under the scale of the smallest of `exponents`.
-
-    source: its number of channels is a multiple of 8.
-    sums: None, or the sum of each channel of the first image. Then the channels' means are subtracted, and the scale is
-        half as large.
-    """
-    (images, channels), pixels = source.shape[:2], math.prod(source.shape[2:])
-    width = _width(source, pixels)
-    launch(
-        Kernel("fp16_tiles.cu", "pack_fp16", _macros(scalar(source), split, width)),
-        (ceil_div(images * pixels, _tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
-        (THREADS, 1, 1),
-        (source, exponents, sums, packed, exponents.size, images, channels, pixels),
-    )
-
-
 def scale_fp16(source, exponents, scaled) -> None:
     """Writes `scaled`, float16 of the shape of `source`, under the scale of the smallest of `exponents`."""
-    width = _width(source, source.size)
+    width = access_width(source, source.size)
     kernel = Kernel("fp16_tiles.cu", "scale_fp16", _macros(scalar(source), 1, width))
     blocks = ceil_div(source.size, THREADS * width)
     launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (source, exponents, scaled, exponents.size, source.size))
 
 
 def _macros(name, split, width):
-    sizes = {"WIDTH": width, "THREADS": THREADS, "TILE_PIXELS": _tile_pixels(split, width), "BATCH": _BATCH}
+    sizes = {"WIDTH": width, "THREADS": THREADS, "BATCH": _BATCH}
     return (*scalar_macros(name), *packing_macros(split).items(), *sizes.items())
 
 
-def _tile_pixels(split, width):
-    """Pixels of a block of pack_fp16. A thread has 8 channels of `width` of them."""
+def tile_pixels(split: int, width: int) -> int:
+    """Pixels that a block packs. A thread has 8 channels of `width` of them."""
     return THREADS * 8 // chunk_channels(split) * width
 
 
-def _width(source, length) -> int:
+def access_width(source, length: int) -> int:
     """Elements of an access to rows of this length: four, or one where these do not divide."""
     return 4 if row_width(length, source) >= 4 else 1
 
@@ -641,8 +701,10 @@ def layout(
         "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
         "SHARED_BYTES": shared_bytes,
     }
-    units, stride = ceil_div(windows_h, rows), ceil_div(rows * window_pitch, 16) * 16
-    return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
+    first, last = (ceil_div(n * window_pitch, 16) * 16 for n in (rows, images_units[-1]))
+    units = len(images_units)
+    plane = (units - 1) * first + last
+    return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, first, plane))
 
 
 def _tiles(needed, granule: int, last_granule: int, most: int, many: bool) -> tuple[int, int]:
@@ -1043,6 +1105,9 @@ def backward_defines(macros):
     blocks = {
         "TILE": THREADS * 8 // chunk_channels(split),
         "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
+        "x_t": types_of(macros)["param_t"] if macros["CHANNELS_LAST"] else macros["scalar_t"],  # if it packs x
+        "X_CHANNELS": macros["IN_CHANNELS"],
+        "X_WIDTH": 1 if macros["IN_H"] * macros["IN_W"] % 4 else 4,
     }
     return (saved, *packing_macros(split).items(), *convolution, *blocks.items())
 
@@ -1090,7 +1155,7 @@ def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tu
         "group_invstd": ((images * groups,), np.float32),
     }
     if keep:
-        arrays["argmax"] = (pooled, np.uint8)
+        arrays["argmax"] = ((images, channels, pooled[2] // 4), np.uint8)  # two bits for each window
         arrays["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
     if keep or half:
         arrays["unit_exponents"] = ((images * p.units,), np.int32)
@@ -1389,11 +1454,15 @@ def wgrad_kernel(p: conv_wgrad_mma_Plan) -> Kernel:
 _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 
 
-def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
+def gradient_arrays(
+    p: Plan, images: int, packed: bool = False, centred: bool = False, x=None
+) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that `tail_gradients` and `output_gradient` write, for `weight_gradient` and dgrad.
 
     packed: whether dy is one of them.
-    borders: whether `borders` is one of them, which `weight_gradient` needs for a centred x.
+    x: None, or the input, [N, K, H, W], if its packed tiles are.
+    centred: whether these tiles are of x less its first image's means, for a gradient of float32. With statistics of
+        the batch, dy sums to 0. Then this changes only the rounding error (see benchmarks/NOTES.md).
     """
     macros = dict(p.macros)
     channels = macros["OUT_CHANNELS"]
@@ -1405,9 +1474,12 @@ def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[s
     }
     if packed:
         arrays["dy_packed"] = (packed_output_shape(p, images), np.float16)
-    if borders:
+    if centred:
         shares = ceil_div(images, _images_together(images))
         arrays["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
+        arrays["x_sums"] = ((macros["IN_CHANNELS"],), np.float32)
+    if x is not None:
+        arrays["x_packed"] = (packed_shape(x.shape, macros["SPLIT"]), np.float16)
     return arrays
 
 
@@ -1446,43 +1518,36 @@ def tail_gradients(
     parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
 
 
-def output_gradient(weight, dy, kept, made, *, training: bool, **options) -> None:
+def output_gradient(scratch, x, weight, dy, kept, made, *, training: bool, **options) -> None:
     """Computes dy, the gradient of the convolution's output, from what `tail_gradients` has written.
 
     It is written as packed tiles if `made` has them, and to dy, [N, M, OH, OW], if that is not None, for the general
-    convolution kernels.
+    convolution kernels. x is packed, too, if `made` has its tiles.
     options: plan, groups, activation.
     """
     given = (made["g"], *map(kept.get, ("argmax", "saved", "exponents", "unit_exponents", "mean", "invstd")), weight)
     given += (made["sums"] if training else None,)
+    if "x_sums" in made:
+        channel_sum(x[:1], made["x_sums"], scratch(channel_sum_workspace_size(x[:1]), np.float64))
     if "dy_packed" in made:
-        conv_output_gradient_packed(*given, made["dy_exponents"], made["dy_packed"], made.get("borders"), **options)
+        packed = (made["dy_packed"], *map(made.get, ("borders", "x_sums", "x_packed")))
+        conv_output_gradient_packed(*given, made["dy_exponents"], x, *packed, **options)
     if dy is not None:
         conv_output_gradient(*given, dy, **options)
 
 
-def weight_gradient(scratch, x, kept, made, dw, *, plan: conv_wgrad_mma_Plan, centred: bool) -> None:
-    """Writes dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`.
-
-    centred: whether to subtract the first image's means from x, which is float32. With statistics of the batch, dy sums
-        to 0. Then this changes only the rounding error (see benchmarks/NOTES.md).
-    """
-    unit_exponents, sums = kept["unit_exponents"], None
-    partial = scratch(plan.partial_size, np.float32)
-    if ("CHANNELS_LAST", 1) in plan.macros:
-        x_packed, x_exponents = x, None
-        if x.dtype != np.float16:
-            x_packed, x_exponents = scratch(x.shape, np.float16), unit_exponents
+def weight_gradient(scratch, x, kept, made, dw, *, plan: conv_wgrad_mma_Plan) -> None:
+    """Writes dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`."""
+    x_packed, x_exponents = made.get("x_packed", x), kept["unit_exponents"]
+    if "x_packed" not in made:  # channels_last
+        if x.dtype == np.float16:
+            x_exponents = None
+        else:
+            x_packed = scratch(x.shape, np.float16)
             scale_fp16(x, x_exponents, x_packed)
-        conv_wgrad_mma(plan, x_packed, x_exponents, None, made["dy_packed"], made["dy_exponents"], None, partial, dw)
-        return
-    if centred:
-        sums = scratch((x.shape[1],), x.dtype)
-        channel_sum(x[:1], sums, scratch(channel_sum_workspace_size(x[:1]), np.float64))
-    x_packed = scratch(packed_shape(x.shape, plan.split), np.float16)
-    pack_fp16(x, unit_exponents, sums, x_packed, plan.split)
     dy = made["dy_packed"], made["dy_exponents"], made.get("borders")
-    conv_wgrad_mma(plan, x_packed, unit_exponents, sums, *dy, partial, dw)
+    partial = scratch(plan.partial_size, np.float32)
+    conv_wgrad_mma(plan, x_packed, x_exponents, made.get("x_sums"), *dy, partial, dw)
 
 
 def input_gradient(scratch, w, made, dx, *, plan: Plan) -> None:
@@ -1561,26 +1626,49 @@ def conv_output_gradient(
 
 
 def conv_output_gradient_packed(
-    g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders, *, plan, **tail
+    g,
+    argmax,
+    saved,
+    exponents,
+    unit_exponents,
+    mean,
+    invstd,
+    weight,
+    sums,
+    dy_exponents,
+    x,
+    dy,
+    borders=None,
+    x_sums=None,
+    x_packed=None,
+    *,
+    plan,
+    **tail,
 ) -> None:
     """The same as packed fp16 tiles, for tensor cores: dy times 2^e, where e is the smallest of dy_exponents.
 
     dy_exponents: from `parameter_gradients`.
+    x, x_sums, x_packed: None, or the convolution's input and what `fp16_tiles.pack_fp16` takes, under the scale of
+        unit_exponents. It is packed by the same kernel, because dy alone does not keep the memory busy.
     dy: float16, of `packed_output_shape`, written.
     borders: None, or as in `gradient_arrays`, written: sums of dy times 2^e over the pixels that have no partner in x
         for a tap, for parts of the images, as `conv_wgrad_mma` takes them.
     """
     images = g.shape[0]
     together = _images_together(images)
-    macros = _backward_macros(plan, **tail)
-    sizes = dict(macros)
+    sizes = dict(_backward_macros(plan, **tail))
     blocks = dy.shape[1] * ceil_div(together * windows_of(sizes), sizes["TILE"])
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
+    if x_packed is not None:
+        pixels = math.prod(x.shape[2:])
+        sizes["X_WIDTH"] = access_width(x, pixels)
+        blocks += x_packed.shape[1] * ceil_div(together * pixels, tile_pixels(sizes["SPLIT"], sizes["X_WIDTH"]))
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient_packed", macros),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient_packed", tuple(sizes.items())),
         (ceil_div(images, together) * blocks, 1, 1),
         (THREADS, 1, 1),
         (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders)
+        + (None if x_packed is None else x, x_sums, x_packed, unit_exponents.size)
         + (_count(plan, images), images, together),
     )
 
@@ -1762,11 +1850,14 @@ def convolution_gradients(new, before, after, given, x, w, weight, memory, *, se
     (dgrad, _), (wgrad, _) = _gradient_plans(x_shape, x.dtype, w.shape, w.dtype, setting)
     general = (need_x and dgrad is None) or (need_w and wgrad is None)
     dy = new.scratch(output_shape(x_shape, w.shape, geometry), x.dtype) if general else None
-    packed, centred = not general and (need_x or need_w), training and x.dtype == np.float32
-    arrays = gradient_arrays(plan, x.shape[0], packed, packed and need_w and centred)
+    packed = not general and (need_x or need_w)
+    x_packed = packed and need_w and not setting.last
+    centred = x_packed and training and x.dtype == np.float32
+    arrays = gradient_arrays(plan, x.shape[0], packed, centred, x if x_packed else None)
     made = {**{name: new.scratch(*array) for name, array in arrays.items() if name not in given}, **given}
     before(plan, kept, made)
-    output_gradient(weight, dy, kept, made, plan=plan, groups=groups, training=training, activation=activation)
+    how = {"plan": plan, "groups": groups, "training": training, "activation": activation}
+    output_gradient(new.scratch, x, weight, dy, kept, made, **how)
     if after is not None:
         after(kept, made)
     if general:
@@ -1774,7 +1865,7 @@ def convolution_gradients(new, before, after, given, x, w, weight, memory, *, se
         return dx, dw
     dw, dx = new.like(w if need_w else None), new.like(x if need_x else None)
     if need_w:  # first: the room of its workspaces is dx's then
-        weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
+        weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad)
     if need_x:
         input_gradient(new.scratch, w, made, dx, plan=dgrad.of_weights(SCALARS[w.dtype]))
     return dx, dw
@@ -2119,6 +2210,12 @@ __device__ inline void grid_barrier() {
 }
 #endif
 
+__device__ inline void wait_for_earlier_kernels() {
+#if !defined(CUPY_KERNELS_EMULATOR) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ inline void make_opaque(int& v) {
 #ifndef CUPY_KERNELS_EMULATOR
     asm volatile("" : "+r"(v));
@@ -2266,7 +2363,7 @@ struct PoolEpilogue {
                 #pragma unroll
                 for (int t = 0; t < LANE_WINDOWS; t += 4) {
                     Packed<pooled_t, 4> best;
-                    Packed<u8, 4> tap;
+                    u8 taps = 0;
                     Packed<saved_t, 16> all;
                     #pragma unroll
                     for (int j = 0; j < 4; j++) {
@@ -2275,12 +2372,12 @@ struct PoolEpilogue {
                         for (int corner = 0; corner < 4; corner++) v[corner] = sum_of(sums, first + i, t + j, corner);
                         largest = max_or_nan(max_or_nan(v[0], v[1]), max_or_nan(v[2], v[3]));
                         best.v[j] = kept<pooled_t>(any ? largest : v[0], sign, scale);
-                        tap.v[j] = !any || v[0] == largest ? 0 : v[1] == largest ? 1 : v[2] == largest ? 2 : 3;
+                        taps |= (!any || v[0] == largest ? 0 : v[1] == largest ? 1 : v[2] == largest ? 2 : 3) << j * 2;
                         #pragma unroll
                         for (int corner = 0; SAVE && corner < 4; corner++)
                             all.v[j * 4 + corner] = kept<saved_t>(v[corner], sign, scale);
                     }
-                    store<FULL>(place, row, t, best, tap, all);
+                    store<FULL>(place, row, t, best, taps, all);
                 }
             }
         }
@@ -2288,14 +2385,13 @@ struct PoolEpilogue {
     }
 
     template <bool FULL> __device__ __forceinline__ void store(
-        const Place& place, i64 row, int t, Packed<pooled_t, 4>& best, Packed<u8, 4>& tap,
-        const Packed<saved_t, 16>& all) {
+        const Place& place, i64 row, int t, const Packed<pooled_t, 4>& best, u8 taps, const Packed<saved_t, 16>& all) {
         if constexpr (WGMMA) {
             int sixteen = place.first_window + t * 4 + place.unit * (UNIT_STRIDE - UNIT_WINDOWS);
-            if (t >= place.tiles || sixteen >= (place.unit + 1) * UNIT_STRIDE) return;
+            if (t >= place.tiles || sixteen >= min((place.unit + 1) * UNIT_STRIDE, PLANE_STRIDE)) return;
             i64 at = row + sixteen + threadIdx.x % 4 * TOGETHER_POOLED;
             store_at_once(pooled + at, best);
-            if (SAVE) store_at_once(argmax + at, tap);
+            if (SAVE) argmax[(row >> 2) + (at - row >> 2)] = taps;
             enum { TOGETHER = together_saved<saved_t>() };
             #pragma unroll
             for (int j = 0; SAVE && j < 4; j += TOGETHER) {
@@ -2305,16 +2401,15 @@ struct PoolEpilogue {
             return;
         }
         i64 at = row + place.window(0);
+        if (SAVE && (FULL || place.exists(0))) argmax[(row >> 2) + (at - row >> 2)] = taps;
         if (FULL) {
             store_at_once(pooled + at, best);
-            if (SAVE) store_at_once(argmax + at, tap);
             if (SAVE) store_at_once(saved + at * 4, all);
         }
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             if (FULL || !place.exists(j)) continue;
             pooled[at + j] = best.v[j];
-            if (SAVE) argmax[at + j] = tap.v[j];
             if (SAVE) store_at_once(saved + (at + j) * 4, *(const Packed<saved_t, 4>*)(all.v + j * 4));
         }
     }
@@ -2354,6 +2449,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
     const float* __restrict__ gamma, INOUT pooled_t* __restrict__ pooled, float* __restrict__ partials,
     INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents, i64 units) {
+    wait_for_earlier_kernels();
     __shared__ Scratch scratch;
     __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
@@ -2686,6 +2782,7 @@ struct Window {
         saved = place_of_window<together_saved<saved_t>()>(row, column);
         pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
     }
+    __device__ int chosen(int four) const { return four >> argmax % 4 * 2 & 3; }
 };
 
 template <int> struct KeptOf { typedef uint2 type; };
@@ -2706,7 +2803,7 @@ __device__ inline void gradients_of(
     const OutputGradient& gradient, const float* g, const u8* argmax, const saved_t* saved, i64 plane,
     const Window& window, float restore, float (&dy)[4]) {
     float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]);
-    int tap = window.pooled < 0 ? -1 : argmax[plane * PLANE_STRIDE + window.argmax];
+    int tap = window.chosen(argmax[(plane * PLANE_STRIDE + window.argmax) / 4]);
     unpack(saved ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), dy);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++)
@@ -2942,6 +3039,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
     const input_t* __restrict__ x, const int* __restrict__ x_exponents, const half_t* __restrict__ packed,
     const int* __restrict__ exponents, const scalar_t* __restrict__ bias, scalar_t* __restrict__ y,
     int x_exponent_count, i64 units) {
+    wait_for_earlier_kernels();
     __shared__ Scratch scratch;
     DYNAMIC_SHARED(u8, shared);
     StoreEpilogue epilogue = {bias, y, exponents};
@@ -2996,7 +3094,6 @@ __device__ constexpr int rows_end(int count, int passes) {
 __device__ inline void sync_consumers() { sync_warpgroups<CONSUMERS / 128>(0); }
 
 enum { MOST_PASSES = passes_of(UNIT_WINDOWS - (WINDOW_PITCH - WINDOWS_W)) };
-enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };
 struct Barriers {
     MBarrier ready[MOST_PASSES][CHUNKS], done[MOST_PASSES][CHUNKS];
     MBarrier all;
@@ -3520,6 +3617,7 @@ __device__ inline void store_chain(float (&sums)[TILES_OF_8][4], bool first, Pla
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgrad_mma(
     const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images,
     int bands_per_split) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(u8, shared);
     sum_pixels(x, dy, partial, Tile(images, bands_per_split), shared);
 }
@@ -3528,6 +3626,7 @@ extern "C" __global__ void conv_wgrad_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
     const scalar_t* __restrict__ x_sums, const float* __restrict__ borders, scalar_t* __restrict__ dw, int x_count,
     int dy_count, int splits, int border_parts) {
+    wait_for_earlier_kernels();
     __shared__ unsigned scratch[32];
     enum { SIZE = TAPS * OUT_CHANNELS * IN_CHANNELS };
     int x_exponent = x_exponents ? centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch)) : 0;
@@ -3963,14 +4062,13 @@ __device__ inline int smallest_exponent(const int* exponents, int count, unsigne
 }
 """,
     "fp16_tiles.cu": r"""#include "common.cuh"
-#include "fp16_tiles.cuh"
+#include "pack_tile.cuh"
 
-#define GROUPS (CHUNK_CHANNELS / 8)
-static_assert(TILE_PIXELS == THREADS / GROUPS * WIDTH, "a thread has 8 channels of WIDTH pixels");
 typedef Packed<scalar_t, WIDTH> Pack;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponents, i64 size) {
+    wait_for_earlier_kernels();
     __shared__ unsigned scratch[32];
     i64 packs = size / WIDTH, step = (i64)gridDim.x * THREADS;
     i64 first = (i64)blockIdx.x * THREADS + threadIdx.x;
@@ -3981,47 +4079,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS) pack_fp16(
     const scalar_t* __restrict__ source, const int* __restrict__ exponents, const scalar_t* __restrict__ sums,
     half_t* __restrict__ packed, int exponent_count, int images, int channels, int pixels) {
-    __shared__ uint4 tile[TILE_PIXELS * 8];
+    wait_for_earlier_kernels();
+    typedef ToPack<scalar_t, WIDTH> Tensor;
+    __shared__ uint4 tile[Tensor::TILE_PIXELS * 8];
     __shared__ unsigned scratch[32];
-    Divisor by_image(pixels);
-    int chunk = blockIdx.y, chunks = gridDim.y, total = images * pixels;
-    int group = threadIdx.x / (THREADS / GROUPS), place = threadIdx.x % (THREADS / GROUPS);
-    i64 first = (i64)blockIdx.x * TILE_PIXELS;
-    int first_channel = chunk * CHUNK_CHANNELS + group * 8;
-    Pack in[8] = {};
-    if (first + place * WIDTH < total && first_channel < channels) {
-        unsigned pixel, image = by_image.divide((unsigned)(first + place * WIDTH), pixel);
-        const scalar_t* from = source + ((i64)image * channels + first_channel) * pixels + pixel;
-        #pragma unroll
-        for (int j = 0; j < 8; j++) in[j] = *(const Pack*)(from + (i64)j * pixels);
-    }
-    float scale = power_of_two(centred_exponent(sums, smallest_exponent(exponents, exponent_count, scratch))),
-          centres[8];
-    #pragma unroll
-    for (int j = 0; j < 8; j++) centres[j] = first_channel < channels ? centre(sums, first_channel + j, pixels) : 0;
-    #pragma unroll
-    for (int k = 0; k < WIDTH; k++) {
-        float v[8];
-        #pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(add_unflushed(to_acc(in[j].v[k]), -centres[j]), scale);
-        #pragma unroll
-        for (int part = 0; part < SPLIT; part++)
-            tile[(place * WIDTH + k) * 8 + ((part * GROUPS + group) ^ (place & 7))] = take_halves(v, part);
-    }
-    __syncthreads();
-    #pragma unroll
-    for (int i = threadIdx.x; i < TILE_PIXELS * 8; i += THREADS) {
-        int line = i / 8, part = i % 8;
-        if (first + line >= total) break;
-        unsigned pixel, image = by_image.divide((unsigned)(first + line), pixel);
-        ((uint4*)packed)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] =
-            tile[line * 8 + (part ^ (line / WIDTH & 7))];
-    }
+    Tensor tensor = {source, exponents, sums, packed, exponent_count, channels, pixels};
+    tensor.pack((i64)blockIdx.x * Tensor::TILE_PIXELS, images * pixels, blockIdx.y, tile, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) scale_fp16(
     const scalar_t* __restrict__ source, const int* __restrict__ exponents, half_t* __restrict__ scaled,
     int exponent_count, i64 size) {
+    wait_for_earlier_kernels();
     __shared__ unsigned scratch[32];
     float scale = power_of_two(smallest_exponent(exponents, exponent_count, scratch));
     i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
@@ -4428,12 +4497,64 @@ template <class T = half_t> UNCHECKED __device__ __forceinline__ void mma_m16n8k
 #endif
 }
 """,
+    "pack_tile.cuh": r"""#pragma once
+#include "fp16_tiles.cuh"
+
+template <class T, int W> struct ToPack {
+    enum { GROUPS_OF_LINE = CHUNK_CHANNELS / 8, TILE_PIXELS = THREADS / GROUPS_OF_LINE * W };
+
+    const T* source;
+    const int* exponents;
+    const T* sums;
+    half_t* packed;
+    int exponent_count, channels, pixels;
+
+    __device__ void pack(i64 first, int end, int chunk, uint4 (&tile)[TILE_PIXELS * 8], unsigned* scratch) const {
+        typedef Packed<T, W> Pack;
+        Divisor by_image(pixels);
+        int group = threadIdx.x / (THREADS / GROUPS_OF_LINE), place = threadIdx.x % (THREADS / GROUPS_OF_LINE),
+            first_channel = chunk * CHUNK_CHANNELS + group * 8,
+            chunks = (channels + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS;
+        Pack in[8] = {};
+        if (first + place * W < end && first_channel < channels) {
+            unsigned pixel, image = by_image.divide((unsigned)(first + place * W), pixel);
+            const T* from = source + ((i64)image * channels + first_channel) * pixels + pixel;
+            #pragma unroll
+            for (int j = 0; j < 8; j++) in[j] = *(const Pack*)(from + (i64)j * pixels);
+        }
+        float scale = power_of_two(centred_exponent(sums, smallest_exponent(exponents, exponent_count, scratch))),
+              centres[8];
+        #pragma unroll
+        for (int j = 0; j < 8; j++) centres[j] = first_channel < channels ? centre(sums, first_channel + j, pixels) : 0;
+        #pragma unroll
+        for (int k = 0; k < W; k++) {
+            float v[8];
+            #pragma unroll
+            for (int j = 0; j < 8; j++)
+                v[j] = multiply_unflushed(add_unflushed(to_acc(in[j].v[k]), -centres[j]), scale);
+            #pragma unroll
+            for (int part = 0; part < SPLIT; part++)
+                tile[(place * W + k) * 8 + ((part * GROUPS_OF_LINE + group) ^ (place & 7))] = take_halves(v, part);
+        }
+        __syncthreads();
+        #pragma unroll
+        for (int i = threadIdx.x; i < TILE_PIXELS * 8; i += THREADS) {
+            int line = i / 8, part = i % 8;
+            if (first + line >= end) break;
+            unsigned pixel, image = by_image.divide((unsigned)(first + line), pixel);
+            ((uint4*)packed)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] =
+                tile[line * 8 + (part ^ (line / W & 7))];
+        }
+    }
+};
+""",
     "pack_weight_fp16.cu": r"""#include "common.cuh"
 #include "fp16_tiles.cuh"
 
 extern "C" __global__ void pack_weight_fp16(
     const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed,
     int* __restrict__ exponents, float* __restrict__ copied_signs) {
+    wait_for_earlier_kernels();
     __shared__ unsigned scratch[32];
     int m = blockIdx.x;
     unsigned largest = 0;
@@ -4493,7 +4614,8 @@ static_assert(
     "units make a plane");
 static_assert(!WGMMA || (UNIT_STRIDE >= UNIT_WINDOWS && UNIT_STRIDE % 16 == 0), "windows change places 16 at a time");
 static_assert(
-    PLANE_STRIDE % 4 == 0 && PLANE_STRIDE >= (WGMMA ? UNITS * UNIT_STRIDE : WINDOWS),
+    PLANE_STRIDE % (WGMMA ? 16 : 4) == 0 &&
+        PLANE_STRIDE >= WINDOWS_H * WINDOW_PITCH + (UNITS - 1) * (WGMMA ? UNIT_STRIDE - UNIT_WINDOWS : 0),
     "a plane has room for its windows");
 
 __device__ inline int unit_of_window(int row, int column) {
@@ -4517,6 +4639,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
     const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean,
     INOUT param_t* running_var, INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd,
     float momentum, float eps, int channels, i64 units) {
+    wait_for_earlier_kernels();
     __shared__ float scratch[32];
     int c = blockIdx.x;
     const float *counts = partials + c * units, *means = counts + channels * units, *squares = means + channels * units;
@@ -4550,6 +4673,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
     const param_t* __restrict__ group_bias, scalar_t* __restrict__ out, float* __restrict__ group_mean,
     float* __restrict__ group_invstd, float eps, float group_eps, float parameter) {
+    wait_for_earlier_kernels();
     __shared__ float means[JOBS], squares[JOBS];
     __shared__ float running[2][STATISTICS ? 1 : MEMBERS];
     __shared__ __align__(16) scalar_t turned[TURNED ? PLANE * TURN_PITCH : 1];
@@ -4738,8 +4862,10 @@ struct Norm {
 """,
     "pooled_tail_backward.cu": r"""#define IN_CHANNELS OUT_CHANNELS
 #include "conv_output_gradient.cuh"
-#include "fp16_tiles.cuh"
 #include "gradient_bound.cuh"
+#include "pack_tile.cuh"
+
+#define PACKING_BLOCKS (OUT_CHANNELS % CHUNK_CHANNELS ? 1 : SPLIT == 1 ? 4 : 3)
 
 enum { SUMS = 5, LARGEST = 4 };
 
@@ -4749,6 +4875,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
     const float* __restrict__ group_mean, const float* __restrict__ group_invstd, float* __restrict__ g,
     float* __restrict__ partials, i64 images, float parameter) {
+    wait_for_earlier_kernels();
     __shared__ float totals[SUMS][JOBS], weights[JOBS];
     __shared__ __align__(16) scalar_t turned[TURNED ? PLANE * TURN_PITCH : 1];
     Activation activation(parameter);
@@ -4852,6 +4979,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
     const param_t* __restrict__ weight, float* __restrict__ sums, int* __restrict__ dy_exponents,
     param_t* __restrict__ dweight, param_t* __restrict__ dbias, param_t* __restrict__ dgroup_weight,
     param_t* __restrict__ dgroup_bias, param_t* __restrict__ dconv_bias, i64 images, float count, int training) {
+    wait_for_earlier_kernels();
     __shared__ float warps[SUMS][THREADS / 32];
     int c = blockIdx.x;
     float total[SUMS] = {};
@@ -4886,13 +5014,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
     dy_exponents[c] = bound.exponent(scale);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packed(
+extern "C" __global__ void __launch_bounds__(THREADS, PACKING_BLOCKS) conv_output_gradient_packed(
     const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
     const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
-    const int* __restrict__ dy_exponents, half_t* __restrict__ packed, float* __restrict__ borders, float count,
-    i64 images, int together) {
-    enum { OCTETS = CHUNK_CHANNELS / 8 };
+    const int* __restrict__ dy_exponents, half_t* __restrict__ packed, float* __restrict__ borders,
+    const x_t* __restrict__ x, const x_t* __restrict__ x_sums, half_t* __restrict__ x_packed, int x_exponent_count,
+    float count, i64 images, int together) {
+    wait_for_earlier_kernels();
+    typedef ToPack<x_t, X_WIDTH> X;
+    enum { OCTETS = CHUNK_CHANNELS / 8, X_PIXELS = IN_H * IN_W };
     static_assert(TILE * OCTETS == THREADS, "a thread computes eight channels of a window");
     static_assert(BORDER_BLOCKS * (THREADS / 128) == OUT_CHANNELS, "128 threads sum up a channel's borders");
     struct __align__(16) Channel {
@@ -4901,11 +5032,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
     };
     __shared__ __align__(16) u8 corners[4][TILE * LINE_BYTES];
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
-    static_assert(sizeof(corners) >= THREADS / 128 * sizeof(BorderSums), "each block needs only one of both");
+    static_assert(sizeof(corners) >= THREADS / 128 * sizeof(BorderSums), "each block needs only one of them");
+    static_assert(sizeof(corners) >= sizeof(uint4[X::TILE_PIXELS * 8]), "each block needs only one of them");
     int tiles = (together * WINDOWS + TILE - 1) / TILE, of_borders = borders ? BORDER_BLOCKS : 0,
-        all = of_borders + tiles * CHUNKS, share = blockIdx.x / all, block = blockIdx.x % all - of_borders,
+        of_dy = of_borders + tiles * CHUNKS, x_tiles = (together * X_PIXELS + X::TILE_PIXELS - 1) / X::TILE_PIXELS,
+        of_x = x ? x_tiles * ((X_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS) : 0,
+        share = blockIdx.x / (of_x + of_dy), block = blockIdx.x % (of_x + of_dy), pairs = min(of_x, of_dy),
         lane = threadIdx.x % 32;
     i64 first = (i64)share * together, end = min(first + together, images);
+    bool packs = block < 2 * pairs ? block % 2 == 0 : of_x > of_dy;
+    block = block < 2 * pairs ? block / 2 : block - pairs;
+    if (packs) {
+        X to_pack = {x, unit_exponents, x_sums, x_packed, x_exponent_count, X_CHANNELS, X_PIXELS};
+        i64 from = first * X_PIXELS + block % x_tiles * X::TILE_PIXELS;
+        auto& tile = *(uint4(*)[X::TILE_PIXELS * 8]) corners;
+        to_pack.pack(from, (int)end * X_PIXELS, block / x_tiles, tile, (unsigned*)channels);
+        return;
+    }
+    block -= of_borders;
     auto least_exponent = [&] {
         int least = 126;
         #pragma unroll
@@ -4930,22 +5074,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
     bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
 
     Kept kept[8] = {};
-    float chosen[8];
+    float chosen[8] = {};
     Window window(at % WINDOWS);
-    int tap[8], exponent = kept_exponent(unit_exponents, image, window);
+    int taps[8], exponent = kept_exponent(unit_exponents, image, window);
     if (real) {
         i64 plane = image * OUT_CHANNELS + c;
         const Kept* from = (const Kept*)saved + plane * PLANE_STRIDE + window.saved;
         if (sums)
             #pragma unroll
             for (int j = 0; j < 8; j++) kept[j] = from[j * PLANE_STRIDE];
-        const float* g_from = g + plane * PLANE + max(window.pooled, 0);
-        const u8* argmax_from = argmax + plane * PLANE_STRIDE + window.argmax;
-        #pragma unroll
-        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = argmax_from[j * PLANE_STRIDE];
-        if (window.pooled < 0)
+        const float* g_from = g + plane * PLANE + window.pooled;
+        const u8* argmax_from = argmax + (plane * PLANE_STRIDE + window.argmax) / 4;
+        if (window.pooled >= 0)
             #pragma unroll
-            for (int j = 0; j < 8; j++) tap[j] = -1;
+            for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE];
+        #pragma unroll
+        for (int j = 0; j < 8; j++) taps[j] = argmax_from[j * (PLANE_STRIDE / 4)];
     }
     int own = min(chunk * CHUNK_CHANNELS + (int)threadIdx.x % CHUNK_CHANNELS, OUT_CHANNELS - 1);
     Channel channel = {OutputGradient(mean, invstd, weight, sums, own), SPLIT == 1 ? exponents[own] : 0};
@@ -4962,12 +5106,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
         #pragma unroll
         for (int j = 0; j < 8; j++) {
             channel = ((const Channel*)channels)[octet * 8 + j];
-            float restore = restoring(channel.exponent + exponent), add = channel.gradient.of_chosen(chosen[j]),
-                  window[4];
-            unpack(kept[j], window);
+            float restore = restoring(channel.exponent + exponent), add = channel.gradient.of_chosen(chosen[j]), y[4];
+            unpack(kept[j], y);
             #pragma unroll
             for (int corner = 0; corner < 4; corner++)
-                v[corner][j] = channel.gradient.of(window[corner], restore) + (corner == tap[j] ? add : 0);
+                v[corner][j] = channel.gradient.of(y[corner], restore) + (corner == window.chosen(taps[j]) ? add : 0);
         }
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) store_line(corners[corner], place, octet, v[corner], place & 7);
@@ -4995,6 +5138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
     const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
     scalar_t* __restrict__ dy, float count) {
+    wait_for_earlier_kernels();
     int at = blockIdx.y * blockDim.x + threadIdx.x, c = blockIdx.x % OUT_CHANNELS;
     i64 plane = blockIdx.x;
     if (at >= WINDOWS) return;
@@ -5323,10 +5467,22 @@ class Backend:
         """The compiled kernel."""
         return function(kernel, self.device, shared_bytes)
 
+    def config(self, step: Step) -> Config | None:
+        """The `Config` of a kernel that may start while the one before it ends; None for a plain launch."""
+        how = step.grid, step.block, step.shared_bytes, OVERLAPPING
+        return Config(*how) if step.overlapping and _overlaps(self.device) else None
+
     def start(self, launches, stream: int) -> None:
         """Starts `Packed` launches in a stream."""
         for packed in launches:
-            self.launch(*packed.numbers, stream, packed.parameters, 0)
+            config = packed.config
+            if config is None:
+                self.launch(*packed.numbers, stream, packed.parameters, 0)
+                continue
+            config.stream = stream
+            error = launch_with()(config.address, packed.numbers[0], packed.parameters, None)
+            if error:
+                raise cupy().cuda.driver.CUDADriverError(error)
 
 
 def current_stream(device: torch.device) -> int:
@@ -5374,7 +5530,7 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     parameters = signature(kernel)
     pairs = zip(parameters, args, strict=True)
     cast = [NULL if arg is None else arg if p.pointer else p.dtype.type(arg) for p, arg in pairs]
-    launched.append(Step(kernel, kernel, parameters, grid, block, cast, shared_bytes, False))
+    launched.append(Step(kernel, kernel, parameters, grid, block, cast, shared_bytes, False, overlapping(kernel)))
 
 
 def call(operation, options: tuple, *tensors) -> list:

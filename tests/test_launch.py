@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cupy_kernels import compiler, source
+from cupy_kernels import compiler, driver, source
 from cupy_kernels.launch import Varying, launch
 from cupy_kernels.plan import Plan, Slot
 from cupy_kernels.source import Kernel
@@ -251,15 +251,59 @@ def test_numbers_that_do_not_fit(arguments):
     start(x, y, -1, 2**40, block=(6, 1, 1))
 
 
-def test_a_kernel_with_a_grid_barrier_is_launched_cooperatively(stand_in):
-    begun = []
-    compiler.cupy().cuda.driver.launchCooperativeKernel = lambda *numbers: begun.append(numbers[:-1])
-    text = """#include "common.cuh"
-extern "C" __global__ void waits(const float* x, float* y, int a, i64 n) { grid_barrier(); }
-extern "C" __global__ void goes(const float* x, float* y, int a, i64 n) { /* no grid_barrier() */ }
+KINDS = """#include "common.cuh"
+extern "C" __global__ void together(const float* x, float* y, int a, i64 n) { grid_barrier(); }
+extern "C" __global__ void early(const float* x, float* y, int a, i64 n) {
+    // the first statement
+    wait_for_earlier_kernels();
+    y[0] = a;
+}
+extern "C" __global__ void late(const float* x, float* y, int a, i64 n) { y[0] = a; wait_for_earlier_kernels(); }
+extern "C" __global__ void plain(const float* x, float* y, int a, i64 n) {
+    /* no grid_barrier(); wait_for_earlier_kernels(); */
+}
 """
-    with source.override({"barrier.cu": text}):
-        for name in ("waits", "goes"):
-            launch(Kernel("barrier.cu", name), (5, 1, 1), (32, 1, 1), (None, gpu_array(0), -1, 6))
-    assert begun == [(71, 5, 1, 1, 32, 1, 1, 0, 99)]
-    assert len(stand_in.started) == 1
+
+
+def test_a_launch_has_the_attribute_that_its_kernel_asks_for(stand_in, monkeypatch):
+    begun = []
+
+    def launch_with(address, handle, parameters, extra):
+        config = driver.Config.from_address(address)
+        attribute = config.attributes[0]
+        sizes = (*config.grid, *config.block, config.shared_bytes, config.stream, config.count)
+        begun.append((handle, *sizes, attribute.id, *attribute.value[:2]))
+        return 0
+
+    monkeypatch.setattr(compiler, "launch_with", lambda: launch_with)
+    with source.override({"kinds.cu": KINDS}):
+        for overlaps in (True, False):
+            monkeypatch.setattr(compiler, "_overlaps", lambda device, overlaps=overlaps: overlaps)
+            for name in ("together", "early", "late", "plain"):
+                launch(Kernel("kinds.cu", name), (5, 1, 1), (32, 1, 1), (None, gpu_array(0), -1, 6))
+    launched = 71, 5, 1, 1, 32, 1, 1, 0, 99, 1
+    assert begun == [(*launched, 2, 1, 0), (*launched, 6, 1, 0), (*launched, 2, 1, 0)]
+    assert len(stand_in.started) == 2 + 3
+
+
+def test_a_launch_with_an_attribute_goes_to_the_stream_of_its_start(monkeypatch):
+    streams = []
+    begin = lambda address, *_: streams.append(driver.Config.from_address(address).stream) or 0  # noqa: E731
+    monkeypatch.setattr(compiler, "launch_with", lambda: begin)
+    context = SimpleNamespace(ctxGetCurrent=lambda: 1, launchKernel=None, CUDADriverError=RuntimeError)
+    monkeypatch.setattr(compiler, "cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(driver=context)))
+    config = driver.Config((1, 1, 1), (32, 1, 1), 0, driver.OVERLAPPING)
+    packed = SimpleNamespace(config=config, numbers=(71,), parameters=0, step=None)
+    for stream in (99, 7, 7, 0):
+        compiler.Gpu().start([packed], stream)
+    assert streams == [99, 7, 7, 0]
+
+
+def test_packaged_kernels_may_overlap():
+    """Each but those that CUDA starts cooperatively, which have another attribute."""
+    kernels = [
+        Kernel(file, name) for file in source.names() if file.endswith(".cu") for name in source.kernel_names(file)
+    ]
+    assert len(kernels) > 80
+    for kernel in kernels:
+        assert source.overlapping(kernel) != source.cooperative(kernel), kernel

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cupy_kernels import compiler, emulator
+from cupy_kernels.driver import OVERLAPPING, Config
 from modelnew import ModelNew, calls, layers
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_plans")
@@ -122,7 +123,10 @@ def test_what_cuda_says_of_a_launch_is_passed_on_with_the_kernel(monkeypatch):
     driver = types.SimpleNamespace(launchKernel=refuse, CUDADriverError=CUDADriverError, ctxGetCurrent=lambda: 1)
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(driver=driver))
     monkeypatch.setattr(compiler, "cupy", lambda: cupy)
-    step = types.SimpleNamespace(kernel="tanh_forward", cooperative=False)
-    packed = types.SimpleNamespace(numbers=(), parameters=0, step=step)
-    with pytest.raises(RuntimeError, match=r"tanh_forward: CUDA_ERROR_ILLEGAL_ADDRESS.*CUDA_LAUNCH_BLOCKING"):
-        compiler.Gpu().start([packed], 0)
+    monkeypatch.setattr(compiler, "launch_with", lambda: lambda *_: 700)
+    step = types.SimpleNamespace(kernel="tanh_forward")
+    config = Config((1, 1, 1), (32, 1, 1), 0, OVERLAPPING)
+    for how, text in ((None, "CUDA_ERROR_ILLEGAL_ADDRESS"), (config, "700")):
+        packed = types.SimpleNamespace(numbers=(71,), parameters=0, step=step, config=how)
+        with pytest.raises(RuntimeError, match=rf"tanh_forward: {text}.*CUDA_LAUNCH_BLOCKING"):
+            compiler.Gpu().start([packed], 0)

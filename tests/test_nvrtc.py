@@ -38,6 +38,8 @@ SPILLS = {("conv_bn_pool", 2, False): 84, ("conv_transpose_mma", 2, False): 56}
 # pass or chunk, not in the loops over taps (by the SASS of the fp32 class); the kernels became faster with it.
 SPILLS |= {("conv_bn_pool", 1, True): 60, ("conv_bn_pool", 2, True): 232}
 SPILLS |= {("conv_transpose_mma", 1, True): 40, ("conv_transpose_mma", 2, True): 280}
+# Two registers, so that three blocks run on an SM at once.
+SPILLS |= {("conv_output_gradient_packed", 2, wgmma): 8 for wgmma in (False, True)}
 SPILLS[("depthwise_gather", None, False)] = SPILLS[("channel_sum_partials", None, False)] = 16  # of double, on sm_70
 # Of 16 bits, on GPUs older than sm_90 most of it.
 SPILLS |= {("batch_norm_resident_backward", None, False): 480, ("batch_norm_resident_forward", None, False): 96}

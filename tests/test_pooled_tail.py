@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels import conv_bn_pool_backward as back
+from cupy_kernels import fp16_tiles
 from cupy_kernels.conv_transpose import Geometry
 from cupy_kernels.conv_transpose_mma import plan as conv_plan
 from modelnew import parity
@@ -47,14 +48,15 @@ class Tail:
         kernel=(2, 2),
         padding=(0, 0),
         activation="tanh",
+        inputs=16,
     ):
         self.activation, (self.activate, self.parameter) = activation, ACTIVATIONS[activation]
         self.channels, self.groups, self.images, height, width = shape
         self.kernel, self.padding = kernel, padding
         size = tuple(n - k + 1 + 2 * p for n, k, p in zip((height, width), kernel, padding))
         geometry = Geometry((1, 1), padding, (0, 0), (1, 1), 1)
-        x_shape, w_shape = (self.images, 16, *size), (16, self.channels, *kernel)
-        self.plan = conv_plan(x_shape, w_shape, geometry, split, False, FLOATS[dtype], 227 * 1024, wgmma=True)
+        self.x_shape, w_shape = (self.images, inputs, *size), (inputs, self.channels, *kernel)
+        self.plan = conv_plan(self.x_shape, w_shape, geometry, split, False, FLOATS[dtype], 227 * 1024, wgmma=True)
         if dtype != torch.float32:
             self.plan = ops.typed(self.plan, FLOATS[dtype], half=True)
         self.split, self.training, self.device, self.dtype = split, training, device, dtype
@@ -109,7 +111,7 @@ class Tail:
         self.arrays = {
             "dout": self.dout.to(self.dtype),
             "pooled": self.padded(kept, float("nan")),
-            "argmax": self.padded(self.argmax.byte(), 99),
+            "argmax": self.padded(self.argmax, 3).unflatten(2, (-1, 4)).mul(torch.tensor([1, 4, 16, 64])).sum(3).byte(),
             "saved": self.padded(saved.unflatten(2, ((height + 1) // 2, -1)), float("nan")),
             "exponents": exponents.int(),
             "unit_exponents": units.int(),
@@ -170,11 +172,13 @@ class Tail:
         gradients["conv_bias"] = torch.zeros_like(sums[0]) if self.training else sums[0] * self.weight * self.invstd
         return {"g": g, "sums": sums, "dy": dy * scale, **gradients}
 
-    def compute(self, wanted=("weight", "bias", "group_weight", "group_bias", "conv_bias"), packed=True):
-        """The same by the kernels; dy from packed tiles, or as the general kernels get it."""
+    def compute(
+        self, wanted=("weight", "bias", "group_weight", "group_bias", "conv_bias"), packed=True, x=None, x_sums=None
+    ):
+        """The same by the kernels; dy from packed tiles, or as the general kernels get it. Packs x, if given."""
         a = self.arrays
         options = {"plan": self.plan, "groups": self.groups, "activation": self.activation}
-        sizes = back.gradient_arrays(self.plan, self.images, packed=False, borders=self.training)
+        sizes = back.gradient_arrays(self.plan, self.images, centred=self.training)
         made = {k: torch.empty(s, dtype=getattr(torch, d.__name__), device=self.device) for k, (s, d) in sizes.items()}
         names = ("dout", "pooled", "exponents", "unit_exponents", "mean", "invstd", "weight", "bias", "group_weight")
         names += ("group_mean", "group_invstd")
@@ -188,8 +192,12 @@ class Tail:
         given = (made["g"], *(a[k] for k in names), made["sums"] if self.training else None)
         if packed:
             dy = torch.empty(back.packed_output_shape(self.plan, self.images), dtype=torch.float16, device=self.device)
-            borders = made.get("borders")
-            run(back.conv_output_gradient_packed, *given, made["dy_exponents"], dy, borders, **options)
+            borders, tiles = made.get("borders"), None
+            if x is not None:
+                tiles = torch.empty(fp16_tiles.packed_shape(x.shape, self.split), dtype=torch.float16, device=x.device)
+            given += made["dy_exponents"], x, dy, borders, x_sums, tiles
+            run(back.conv_output_gradient_packed, *given, **options)
+            self.x_packed = tiles
             self.packed, dy = dy, self.unpack(dy, made["dy_exponents"])
             if borders is not None:
                 self.borders = borders.double() * torch.exp2(-made["dy_exponents"].min().double())
@@ -267,6 +275,35 @@ def test_borders(device, split, shape, shares, conv):
     found = tail.borders.sum(0).T.reshape(alone.shape).cpu()
     tolerance.check(found.float(), alone, alone.float(), "borders", terms=dy[:, 0].numel())
     assert (alone == 0).all() == (conv == BORDERS["no_edges"])
+
+
+# Channels of the output and of x: fewer and more blocks pack x than compute dy. The last image of a share is missing.
+@pytest.mark.parametrize("centred", [True, False], ids=["centred", "as_it_is"])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("size", [(9, 8), (5, 7)], ids=str)
+@pytest.mark.parametrize("channels", [(80, 16), (16, 272)], ids=str)
+def test_packs_x_as_pack_fp16_does(device, channels, size, split, centred):
+    tail = Tail((channels[0], 8, 19, *size), split, device, kernel=(2, 1), inputs=channels[1])
+    alone = tail.compute()["dy"]
+    x = 0.01 * torch.randn(tail.x_shape)
+    x_sums = x[0].sum((1, 2)).to(device) if centred else None
+    x, exponents = x.to(device), tail.arrays["unit_exponents"]
+    expected = torch.empty(fp16_tiles.packed_shape(x.shape, split), dtype=torch.float16, device=device)
+    run(fp16_tiles.pack_fp16, x, exponents, x_sums, expected, split)
+    borders, found = tail.borders, tail.compute(x=x, x_sums=x_sums)["dy"]
+    assert torch.equal(tail.x_packed, expected)
+    assert torch.equal(found, alone)
+    assert torch.equal(tail.borders, borders)
+
+
+def test_packs_an_x_that_starts_anywhere(device):
+    tail = Tail((16, 8, 2, 9, 8), 1, device, kernel=(2, 1))
+    x = torch.randn(tail.x_shape).to(device)
+    tail.compute(x=x)
+    expected = tail.x_packed
+    shifted = torch.empty(x.numel() + 1, device=device)[1:].view(x.shape).copy_(x)
+    tail.compute(x=shifted)
+    assert torch.equal(tail.x_packed, expected)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

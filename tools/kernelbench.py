@@ -18,10 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from cupy_kernels.compiler import _overlaps
+from cupy_kernels.driver import OVERLAPPING, Config, launch_with
 from cupy_kernels.launch import NULL, Batch, Step
 from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels, ptx_architecture
 from cupy_kernels.plan import ALIGNMENT, Slot
-from cupy_kernels.source import Kernel, Variant, signature
+from cupy_kernels.source import Kernel, Variant, overlapping, signature
 from modelnew.functional.resident_conv_bn_pool import Setting, _backward, _forward
 from modelnew.interop import NUMPY, TORCH
 from modelnew.numerics import Choice, required_plan
@@ -97,10 +99,22 @@ class Backend:
         """The compiled kernel."""
         return function(kernel, self.device, shared_bytes)
 
+    def config(self, step: Step) -> Config | None:
+        """The `Config` of a kernel that may start while the one before it ends; None for a plain launch."""
+        how = step.grid, step.block, step.shared_bytes, OVERLAPPING
+        return Config(*how) if step.overlapping and _overlaps(self.device) else None
+
     def start(self, launches, stream: int) -> None:
         """Starts `Packed` launches in a stream."""
         for packed in launches:
-            self.launch(*packed.numbers, stream, packed.parameters, 0)
+            config = packed.config
+            if config is None:
+                self.launch(*packed.numbers, stream, packed.parameters, 0)
+                continue
+            config.stream = stream
+            error = launch_with()(config.address, packed.numbers[0], packed.parameters, None)
+            if error:
+                raise cupy().cuda.driver.CUDADriverError(error)
 
 
 def current_stream(device: torch.device) -> int:
@@ -148,7 +162,7 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     parameters = signature(kernel)
     pairs = zip(parameters, args, strict=True)
     cast = [NULL if arg is None else arg if p.pointer else p.dtype.type(arg) for p, arg in pairs]
-    launched.append(Step(kernel, kernel, parameters, grid, block, cast, shared_bytes, False))
+    launched.append(Step(kernel, kernel, parameters, grid, block, cast, shared_bytes, False, overlapping(kernel)))
 
 
 def call(operation, options: tuple, *tensors) -> list:

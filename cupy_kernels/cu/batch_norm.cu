@@ -28,6 +28,7 @@ enum { PARTIALS_BLOCKS = 3 };  // for older GPUs ptxas needs more registers
 extern "C" __global__ void __launch_bounds__(THREADS, PARTIALS_BLOCKS) batch_norm_partials(
     const scalar_t* __restrict__ x, double* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunk,
     i64 chunks, int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     with_units(kept.scratch(), [&](Open& open) {
@@ -47,6 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
     const double* __restrict__ partials, const double* __restrict__ counts, INOUT param_t* running_mean,
     INOUT param_t* running_var, INOUT i64* batches, acc_t* __restrict__ mean, acc_t* __restrict__ invstd,
     acc_t momentum, acc_t eps, i64 channels, i64 count, i64 chunk, i64 chunks) {
+    wait_for_earlier_kernels();
     __shared__ double scratch[32];
     i64 channel = blockIdx.x;
     if (batches && channel == 0 && threadIdx.x == 0) ++*batches;
@@ -68,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_eval_statistics(
     const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var, acc_t* __restrict__ mean,
     acc_t* __restrict__ invstd, acc_t eps, i64 channels) {
+    wait_for_earlier_kernels();
     i64 channel = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (channel >= channels) return;
     mean[channel] = to_acc(running_mean[channel]);
@@ -78,6 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_apply(
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y, int with_tanh,
     i64 channels, i64 plane, i64 count, i64 chunk, int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     Walk walk(gridDim.x - 1 - blockIdx.x, channels, plane, count, chunk, tile);
@@ -92,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_eval(
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
     acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t eps, int with_tanh, i64 channels, i64 plane, i64 count,
     i64 chunk, int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
@@ -110,6 +115,7 @@ extern "C" __global__ void __launch_bounds__(WHOLE_THREADS, 1) batch_norm_forwar
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
     acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, int with_tanh, i64 channels,
     i64 plane, i64 count, i64 chunk, int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     if (batches && blockIdx.x == 0 && threadIdx.x == 0) ++*batches;
@@ -139,6 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backwar
     const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
     double* __restrict__ partials, scalar_t* __restrict__ dx, i64 channels, i64 plane, i64 count, i64 chunk, i64 chunks,
     int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     for_channels(Walk(blockIdx.x, channels, plane, count, chunk, tile), [&](int place, int c) {
@@ -160,6 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backwar
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums(
     const double* __restrict__ partials, double* __restrict__ sums, param_t* __restrict__ dweight,
     param_t* __restrict__ dbias, i64 channels, i64 chunks) {
+    wait_for_earlier_kernels();
     __shared__ double scratch[32];
     i64 channel = blockIdx.x;
     double sum = 0, dot = 0;
@@ -181,6 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backwar
     const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
     const double* __restrict__ sums, scalar_t* __restrict__ dx, i64 channels, i64 plane, i64 count, i64 chunk,
     int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     Walk walk(gridDim.x - 1 - blockIdx.x, channels, plane, count, chunk, tile);
@@ -198,6 +207,7 @@ extern "C" __global__ void __launch_bounds__(WHOLE_THREADS, 1) batch_norm_backwa
     const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
     scalar_t* __restrict__ dx, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 channels, i64 plane,
     i64 count, i64 chunk, int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     Tensors tensors = {dy, x, y};

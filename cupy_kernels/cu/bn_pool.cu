@@ -219,6 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_forward(
     const scalar_t* __restrict__ x, const acc_t* __restrict__ gamma, scalar_t* __restrict__ pooled,
     u8* __restrict__ argmax, double* __restrict__ partials, double* __restrict__ counts, int channels, int height,
     int width, int out_height, int out_width, int all_items, int chunk_items, i64 chunks, int tile) {
+    wait_for_earlier_kernels();
     __shared__ acc_t scratch[32], shared[3][SLOTS][THREADS];
     Shape shape = {channels, height, width, out_height, out_width, all_items};
     with_units(scratch, [&](Open& open) {
@@ -304,6 +305,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_backward(
     const acc_t* __restrict__ gamma, const double* __restrict__ sums, scalar_t* __restrict__ dx, int with_tanh,
     acc_t negative_slope, double count, int channels, int height, int width, int out_height, int out_width,
     int all_items, int chunk_items, int tile) {
+    wait_for_earlier_kernels();
     Shape shape = {channels, height, width, out_height, out_width, all_items};
     Items items(shape, chunk_items, tile);
     acc_t scale[SLOTS], centre[SLOTS], unit[SLOTS], factor[SLOTS], mean_g[SLOTS], mean_dot[SLOTS];

@@ -24,6 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 5) bn_tanh
     argmax_t* __restrict__ argmax, int channels, int planes, int period, int planes_per_block, int height, int width,
     int out_height, int out_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w,
     int dilation_h, int dilation_w) {
+    wait_for_earlier_kernels();
     Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
         dilation_h, dilation_w};
     Divisor by_channel(channels);
@@ -61,6 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 4) bn_tanh
     double* __restrict__ partials, int channels, int images, int period, int images_per_block, int height, int width,
     int out_height, int out_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w,
     int dilation_h, int dilation_w) {
+    wait_for_earlier_kernels();
     __shared__ acc_t scratch[32];
     Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
         dilation_h, dilation_w};
@@ -114,6 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 4) bn_tanh
     int channels, int planes, int period, int planes_per_block, int height, int width, int out_height, int out_width,
     int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h,
     int dilation_w) {
+    wait_for_earlier_kernels();
     Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
         dilation_h, dilation_w};
     Divisor by_channel(channels);

@@ -8,6 +8,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS) channel_sum_partials(
     const scalar_t* __restrict__ x, double* __restrict__ partial, i64 channels, i64 plane, i64 count, i64 chunk,
     i64 chunks, int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
@@ -32,6 +33,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) channel_sum_partials(
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     channel_sum_combine(const double* __restrict__ partial, scalar_t* __restrict__ sums, i64 channels, i64 chunks) {
+    wait_for_earlier_kernels();
     __shared__ double scratch[32];
     double sum = 0;
     for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) sum += partial[blockIdx.x * chunks + k];

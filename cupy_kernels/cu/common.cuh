@@ -172,6 +172,15 @@ __device__ inline void grid_barrier() {
 }
 #endif
 
+// The first statement of a kernel, before it reads or writes global memory: waits for the kernels before it in its
+// stream, and sees what they did. Such a kernel's blocks may start as soon as those of the kernel before it have ended
+// (programmatic dependent launch, compute capability 9.0 and newer), which saves a microsecond for each kernel.
+__device__ inline void wait_for_earlier_kernels() {
+#if !defined(CUPY_KERNELS_EMULATOR) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Hides v's origin from the compiler: what is computed from v is computed after this point.
 __device__ inline void make_opaque(int& v) {
 #ifndef CUPY_KERNELS_EMULATOR

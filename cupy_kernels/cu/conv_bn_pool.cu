@@ -13,7 +13,8 @@
 //     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last
 //                                             one, where float cannot hold it, negative and times 2^-160
 //     SAVE, for the backward:
-//         argmax, like pooled                 the chosen corner
+//         argmax [N, M, PLANE_STRIDE / 4]     the chosen corners of four neighbours in pooled, two bits each, the first
+//                                             in the lowest
 //         saved [N, M, PLANE_STRIDE, 4]       all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the
 //                                             tensor cores deliver them, so that a sum is
 //                                             saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
@@ -152,7 +153,7 @@ struct PoolEpilogue {
                 #pragma unroll
                 for (int t = 0; t < LANE_WINDOWS; t += 4) {
                     Packed<pooled_t, 4> best;
-                    Packed<u8, 4> tap;
+                    u8 taps = 0;
                     Packed<saved_t, 16> all;
                     #pragma unroll
                     for (int j = 0; j < 4; j++) {
@@ -161,29 +162,28 @@ struct PoolEpilogue {
                         for (int corner = 0; corner < 4; corner++) v[corner] = sum_of(sums, first + i, t + j, corner);
                         largest = max_or_nan(max_or_nan(v[0], v[1]), max_or_nan(v[2], v[3]));
                         best.v[j] = kept<pooled_t>(any ? largest : v[0], sign, scale);
-                        tap.v[j] = !any || v[0] == largest ? 0 : v[1] == largest ? 1 : v[2] == largest ? 2 : 3;
+                        taps |= (!any || v[0] == largest ? 0 : v[1] == largest ? 1 : v[2] == largest ? 2 : 3) << j * 2;
                         // Corners outside the image are read by nobody.
                         #pragma unroll
                         for (int corner = 0; SAVE && corner < 4; corner++)
                             all.v[j * 4 + corner] = kept<saved_t>(v[corner], sign, scale);
                     }
-                    store<FULL>(place, row, t, best, tap, all);
+                    store<FULL>(place, row, t, best, taps, all);
                 }
             }
         }
         seen += (int)count;
     }
 
-    // The values of the windows t to t + 3, to the plane at `row`.
+    // The values of the windows t to t + 3, to the plane at `row`. With at / 4 more would go to local memory.
     template <bool FULL> __device__ __forceinline__ void store(
-        const Place& place, i64 row, int t, Packed<pooled_t, 4>& best, Packed<u8, 4>& tap,
-        const Packed<saved_t, 16>& all) {
+        const Place& place, i64 row, int t, const Packed<pooled_t, 4>& best, u8 taps, const Packed<saved_t, 16>& all) {
         if constexpr (WGMMA) {
             int sixteen = place.first_window + t * 4 + place.unit * (UNIT_STRIDE - UNIT_WINDOWS);  // pooled_planes.cuh
-            if (t >= place.tiles || sixteen >= (place.unit + 1) * UNIT_STRIDE) return;
+            if (t >= place.tiles || sixteen >= min((place.unit + 1) * UNIT_STRIDE, PLANE_STRIDE)) return;
             i64 at = row + sixteen + threadIdx.x % 4 * TOGETHER_POOLED;
             store_at_once(pooled + at, best);
-            if (SAVE) store_at_once(argmax + at, tap);
+            if (SAVE) argmax[(row >> 2) + (at - row >> 2)] = taps;
             enum { TOGETHER = together_saved<saved_t>() };
             #pragma unroll
             for (int j = 0; SAVE && j < 4; j += TOGETHER) {
@@ -193,16 +193,15 @@ struct PoolEpilogue {
             return;
         }
         i64 at = row + place.window(0);
+        if (SAVE && (FULL || place.exists(0))) argmax[(row >> 2) + (at - row >> 2)] = taps;
         if (FULL) {
             store_at_once(pooled + at, best);
-            if (SAVE) store_at_once(argmax + at, tap);
             if (SAVE) store_at_once(saved + at * 4, all);
         }
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             if (FULL || !place.exists(j)) continue;
             pooled[at + j] = best.v[j];
-            if (SAVE) argmax[at + j] = tap.v[j];
             if (SAVE) store_at_once(saved + (at + j) * 4, *(const Packed<saved_t, 4>*)(all.v + j * 4));
         }
     }
@@ -245,6 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
     const float* __restrict__ gamma, INOUT pooled_t* __restrict__ pooled, float* __restrict__ partials,
     INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents, i64 units) {
+    wait_for_earlier_kernels();
     __shared__ Scratch scratch;
     __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];

@@ -27,7 +27,8 @@ struct OutputGradient {
     __device__ float of_chosen(float g) const { return multiply_unflushed(multiply_unflushed(g, enlarge), scale); }
 };
 
-// A 2x2 window: its places in `argmax`, in `saved`, and in g, which for windows that an odd edge cuts is -1.
+// A 2x2 window: its places in `argmax` (of its two bits), in `saved`, and in g, which for windows that an odd edge cuts
+// is -1.
 struct Window {
     int row, column, argmax, saved, pooled;
 
@@ -36,6 +37,8 @@ struct Window {
         saved = place_of_window<together_saved<saved_t>()>(row, column);
         pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
     }
+    // From the byte of `argmax` that has it.
+    __device__ int chosen(int four) const { return four >> argmax % 4 * 2 & 3; }
 };
 
 // What conv_bn_pool saved of a window.
@@ -59,7 +62,7 @@ __device__ inline void gradients_of(
     const OutputGradient& gradient, const float* g, const u8* argmax, const saved_t* saved, i64 plane,
     const Window& window, float restore, float (&dy)[4]) {
     float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]);
-    int tap = window.pooled < 0 ? -1 : argmax[plane * PLANE_STRIDE + window.argmax];
+    int tap = window.chosen(argmax[(plane * PLANE_STRIDE + window.argmax) / 4]);
     unpack(saved ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), dy);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++)

@@ -19,6 +19,7 @@
 extern "C" __global__ void pack_weight(
     const scalar_t* __restrict__ w, acc_t* __restrict__ packed, int groups, int in_channels, int out_channels,
     int taps) {
+    wait_for_earlier_kernels();
     // in_channels, out_channels: of the convolution, per group
     i64 size = (i64)groups * taps * in_channels * out_channels;
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -46,6 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
     scalar_t* __restrict__ out, int images, int groups, int channels_in, int channels_out, int in_h, int in_w,
     int out_h, int out_w, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h,
     int dilation_w, int tiles_per_phase) {
+    wait_for_earlier_kernels();
     __shared__ Tiles tiles;
     int phase = blockIdx.x / tiles_per_phase, group = blockIdx.z;
     int steps_w = DGRAD ? 1 : stride_w, steps_h = DGRAD ? 1 : stride_h;  // pixels of a phase are this far apart

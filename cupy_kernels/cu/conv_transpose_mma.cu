@@ -159,6 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
     const input_t* __restrict__ x, const int* __restrict__ x_exponents, const half_t* __restrict__ packed,
     const int* __restrict__ exponents, const scalar_t* __restrict__ bias, scalar_t* __restrict__ y,
     int x_exponent_count, i64 units) {
+    wait_for_earlier_kernels();
     __shared__ Scratch scratch;
     DYNAMIC_SHARED(u8, shared);
     StoreEpilogue epilogue = {bias, y, exponents};

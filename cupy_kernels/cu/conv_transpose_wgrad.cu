@@ -15,6 +15,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
     int groups, int in_channels, int out_channels,  // per group
     int in_h, int in_w, int out_h, int out_w, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h,
     int pad_w, int dilation_h, int dilation_w, int split_pixels) {
+    wait_for_earlier_kernels();
     __shared__ Tiles tiles;
     int tiles_n = (out_channels + TILE_N - 1) / TILE_N, tiles_m = (in_channels + TILE_M - 1) / TILE_M;
     int tap = blockIdx.x / (tiles_m * tiles_n), tile = blockIdx.x % (tiles_m * tiles_n);
@@ -69,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
 extern "C" __global__ void wgrad_reduce(
     const acc_t* __restrict__ partial, scalar_t* __restrict__ dw, int groups, int taps, int in_channels,
     int out_channels, int splits) {
+    wait_for_earlier_kernels();
     i64 size = (i64)groups * taps * in_channels * out_channels;
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= size) return;

@@ -85,8 +85,7 @@ __device__ constexpr int rows_end(int count, int passes) {
 // Those that multiply meet.
 __device__ inline void sync_consumers() { sync_warpgroups<CONSUMERS / 128>(0); }
 
-enum { MOST_PASSES = passes_of(UNIT_WINDOWS - (WINDOW_PITCH - WINDOWS_W)) };         // of a unit
-enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };  // of a whole image
+enum { MOST_PASSES = passes_of(UNIT_WINDOWS - (WINDOW_PITCH - WINDOWS_W)) };  // of a unit
 // A phase of each is a unit, or an attempt at one.
 struct Barriers {
     // Of a pass and a chunk: its rows have come; it has read all of its rows.

@@ -144,6 +144,7 @@ __device__ inline void store_chain(float (&sums)[TILES_OF_8][4], bool first, Pla
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgrad_mma(
     const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images,
     int bands_per_split) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(u8, shared);
     sum_pixels(x, dy, partial, Tile(images, bands_per_split), shared);
 }
@@ -154,6 +155,7 @@ extern "C" __global__ void conv_wgrad_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
     const scalar_t* __restrict__ x_sums, const float* __restrict__ borders, scalar_t* __restrict__ dw, int x_count,
     int dy_count, int splits, int border_parts) {
+    wait_for_earlier_kernels();
     __shared__ unsigned scratch[32];
     enum { SIZE = TAPS * OUT_CHANNELS * IN_CHANNELS };
     int x_exponent = x_exponents ? centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch)) : 0;

@@ -23,6 +23,7 @@ extern "C" __global__ void __launch_bounds__(256) depthwise_gather(
     scalar_t* __restrict__ out, int channels, int in_h, int in_w, int out_h, int out_w, int taps_h, int taps_w,
     int phases_h, int phases_w, int offset_h, int offset_w, int step_h, int step_w, int in_step_h, int in_step_w,
     int blocks) {
+    wait_for_earlier_kernels();
     __shared__ int axes[2][MOST_PHASES][3];  // first, count, shift
     if (threadIdx.x < 2 * MOST_PHASES) {
         bool columns = threadIdx.x / MOST_PHASES;
@@ -82,6 +83,7 @@ extern "C" __global__ void __launch_bounds__(256) depthwise_wgrad(
     const scalar_t* __restrict__ x, const scalar_t* __restrict__ dy, acc_t* __restrict__ partial, int images,
     int channels, int in_h, int in_w, int out_h, int out_w, int taps_h, int taps_w, int stride_h, int stride_w,
     int pad_h, int pad_w, int dilation_h, int dilation_w, int split_pixels) {
+    wait_for_earlier_kernels();
     __shared__ acc_t scratch[256];
     int channel = blockIdx.x * CHANNELS + threadIdx.x % CHANNELS, first_tap = blockIdx.y * TAPS, taps = taps_h * taps_w;
     i64 pixels = (i64)images * in_h * in_w, first = (i64)blockIdx.z * split_pixels,
@@ -127,6 +129,7 @@ extern "C" __global__ void __launch_bounds__(256) depthwise_wgrad(
 
 extern "C" __global__ void depthwise_wgrad_reduce(
     const acc_t* __restrict__ partial, scalar_t* __restrict__ dw, int size, int splits) {
+    wait_for_earlier_kernels();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= size) return;
     acc_t sum = 0;

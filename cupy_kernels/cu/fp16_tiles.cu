@@ -11,14 +11,13 @@
 // fp16_tiles.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH
 // (accesses under way in a thread of largest_magnitude). Limits: channels a multiple of 8, N * pixels below 2^31.
 #include "common.cuh"
-#include "fp16_tiles.cuh"
+#include "pack_tile.cuh"
 
-#define GROUPS (CHUNK_CHANNELS / 8)  // of 8 channels
-static_assert(TILE_PIXELS == THREADS / GROUPS * WIDTH, "a thread has 8 channels of WIDTH pixels");
 typedef Packed<scalar_t, WIDTH> Pack;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponents, i64 size) {
+    wait_for_earlier_kernels();
     __shared__ unsigned scratch[32];
     i64 packs = size / WIDTH, step = (i64)gridDim.x * THREADS;
     i64 first = (i64)blockIdx.x * THREADS + threadIdx.x;
@@ -29,48 +28,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS) pack_fp16(
     const scalar_t* __restrict__ source, const int* __restrict__ exponents, const scalar_t* __restrict__ sums,
     half_t* __restrict__ packed, int exponent_count, int images, int channels, int pixels) {
-    __shared__ uint4 tile[TILE_PIXELS * 8];
+    wait_for_earlier_kernels();
+    typedef ToPack<scalar_t, WIDTH> Tensor;
+    __shared__ uint4 tile[Tensor::TILE_PIXELS * 8];
     __shared__ unsigned scratch[32];
-    Divisor by_image(pixels);
-    int chunk = blockIdx.y, chunks = gridDim.y, total = images * pixels;
-    int group = threadIdx.x / (THREADS / GROUPS), place = threadIdx.x % (THREADS / GROUPS);
-    i64 first = (i64)blockIdx.x * TILE_PIXELS;
-    int first_channel = chunk * CHUNK_CHANNELS + group * 8;
-    Pack in[8] = {};
-    if (first + place * WIDTH < total && first_channel < channels) {
-        unsigned pixel, image = by_image.divide((unsigned)(first + place * WIDTH), pixel);
-        const scalar_t* from = source + ((i64)image * channels + first_channel) * pixels + pixel;
-        #pragma unroll
-        for (int j = 0; j < 8; j++) in[j] = *(const Pack*)(from + (i64)j * pixels);
-    }
-    float scale = power_of_two(centred_exponent(sums, smallest_exponent(exponents, exponent_count, scratch))),
-          centres[8];
-    #pragma unroll
-    for (int j = 0; j < 8; j++) centres[j] = first_channel < channels ? centre(sums, first_channel + j, pixels) : 0;
-    // The XOR makes eight neighbouring threads write to all banks.
-    #pragma unroll
-    for (int k = 0; k < WIDTH; k++) {
-        float v[8];
-        #pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(add_unflushed(to_acc(in[j].v[k]), -centres[j]), scale);
-        #pragma unroll
-        for (int part = 0; part < SPLIT; part++)
-            tile[(place * WIDTH + k) * 8 + ((part * GROUPS + group) ^ (place & 7))] = take_halves(v, part);
-    }
-    __syncthreads();
-    #pragma unroll
-    for (int i = threadIdx.x; i < TILE_PIXELS * 8; i += THREADS) {
-        int line = i / 8, part = i % 8;
-        if (first + line >= total) break;
-        unsigned pixel, image = by_image.divide((unsigned)(first + line), pixel);
-        ((uint4*)packed)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] =
-            tile[line * 8 + (part ^ (line / WIDTH & 7))];
-    }
+    Tensor tensor = {source, exponents, sums, packed, exponent_count, channels, pixels};
+    tensor.pack((i64)blockIdx.x * Tensor::TILE_PIXELS, images * pixels, blockIdx.y, tile, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) scale_fp16(
     const scalar_t* __restrict__ source, const int* __restrict__ exponents, half_t* __restrict__ scaled,
     int exponent_count, i64 size) {
+    wait_for_earlier_kernels();
     __shared__ unsigned scratch[32];
     float scale = power_of_two(smallest_exponent(exponents, exponent_count, scratch));
     i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;

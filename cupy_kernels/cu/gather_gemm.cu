@@ -219,6 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gather_gemm(
     int in_h, int in_w, int out_h, int out_w, int taps_h, int taps_w, int phases_h, int phases_w, int offset_h,
     int offset_w, int step_h, int step_w, int in_step_h, int in_step_w, int merged_h, int merged_w, int channel_tiles,
     int channels_last, int split_steps) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(u8, shared);
     Row* table = (Row*)(shared + TABLE_OFFSET);
     Shapes s = {images, groups, channels, octets, in_h, in_w, out_h, out_w, taps_h, taps_w, phases_h, phases_w,
@@ -302,6 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather_gemm_reduce(
     int channels, int octets, int in_h, int in_w, int out_h, int out_w, int taps_h, int taps_w, int phases_h,
     int phases_w, int offset_h, int offset_w, int step_h, int step_w, int in_step_h, int in_step_w, int merged_h,
     int merged_w, int channel_tiles, int channels_last, int splits) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(u8, shared);
     Row* table = (Row*)(shared + TABLE_OFFSET);
     Shapes s = {images, groups, channels, octets, in_h, in_w, out_h, out_w, taps_h, taps_w, phases_h, phases_w,

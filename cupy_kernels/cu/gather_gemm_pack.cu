@@ -44,6 +44,7 @@ __device__ inline void store_octet(float (&v)[8], float scale, operand_t* to, i6
 extern "C" __global__ void pack_planes(
     const scalar_t* __restrict__ source, const int* __restrict__ exponents, operand_t* __restrict__ packed,
     int exponent_count, int images, int groups, int channels, int octets, int pixels, int block_octets) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(uint4, tile);
     __shared__ unsigned scratch[32];
     typedef Packed<scalar_t, WIDTH> Pack;
@@ -86,6 +87,7 @@ extern "C" __global__ void pack_planes(
 extern "C" __global__ void pack_rows(
     const scalar_t* __restrict__ source, const int* __restrict__ exponents, operand_t* __restrict__ packed,
     int exponent_count, int images, int groups, int channels, int octets, int pixels) {
+    wait_for_earlier_kernels();
     __shared__ unsigned scratch[32];
     i64 all_octets = (i64)groups * octets, i = (i64)blockIdx.x * blockDim.x + threadIdx.x, pixel = i / all_octets;
     int octet = i % all_octets, group = octet / octets, first = octet % octets * 8;
@@ -114,6 +116,7 @@ extern "C" __global__ void pack_rows(
 // Grid: x = blocks of channels (fastest), of pixels, images.
 extern "C" __global__ void __launch_bounds__(256)
     turn_rows(const scalar_t* __restrict__ source, scalar_t* __restrict__ target, int channels, int pixels) {
+    wait_for_earlier_kernels();
     enum { PIXELS = 64, CHANNELS = 32, VECTOR = 16 / sizeof(scalar_t) };
     __shared__ scalar_t tile[CHANNELS][PIXELS + 4 / sizeof(scalar_t)];
     int channel_blocks = (channels + CHANNELS - 1) / CHANNELS, pixel_blocks = (pixels + PIXELS - 1) / PIXELS;
@@ -168,6 +171,7 @@ extern "C" __global__ void tap_exponents(
     const scalar_t* __restrict__ w, int* __restrict__ exponents, int tile_n, int channels, int sum_channels, int octets,
     int kernel_h, int kernel_w, int taps_h, int taps_w, int merged_h, int merged_w, int base_h, int base_w,
     i64 group_stride, i64 channel_stride, i64 sum_stride, int tap_stride, int columns) {
+    wait_for_earlier_kernels();
     __shared__ unsigned scratch[32][32];
     int lanes = channel_stride == 1 ? 32 : 1, lane = threadIdx.x % lanes, channel = blockIdx.x * lanes + lane;
     int taps = kernel_h * kernel_w, inner = tap_stride <= sum_stride ? taps : sum_channels;
@@ -215,6 +219,7 @@ extern "C" __global__ void pack_taps(
     int channels, int sum_channels, int octets, int kernel_h, int kernel_w, int taps_h, int taps_w, int merged_h,
     int merged_w, int base_h, int base_w, i64 group_stride, i64 channel_stride, i64 sum_stride, int tap_stride,
     int columns, int by_columns) {
+    wait_for_earlier_kernels();
     Weights weights = {tile_n, channels, sum_channels, octets, kernel_h, kernel_w, taps_h, taps_w, merged_h, merged_w,
         base_h, base_w, group_stride, channel_stride, sum_stride, tap_stride};
     int taps = taps_h * taps_w, i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -238,6 +243,7 @@ extern "C" __global__ void pack_taps(
 extern "C" __global__ void __launch_bounds__(256) turn_taps(
     const operand_t* __restrict__ w, operand_t* __restrict__ packed, int channels, int sum_channels, int octets,
     int taps, i64 group_stride, i64 channel_stride, i64 sum_stride, int columns) {
+    wait_for_earlier_kernels();
     int octet_blocks = (octets + 7) / 8, octet = blockIdx.x % octet_blocks * 8 + threadIdx.x % 8,
         first = (blockIdx.x / octet_blocks * 32 + threadIdx.x / 8) * 8;
     if (octet >= octets || first >= columns * taps) return;

@@ -18,6 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_gemm(
     int groups, int in_channels, int in_octets, int out_octets, int in_h, int in_w, int out_h, int out_w, int kernel_h,
     int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int tiles_m,
     int split_steps) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(u8, shared);
     Pixel* tables = (Pixel*)(shared + RING_BYTES);  // of two steps
     static_assert(RING_BYTES + 2 * STEP * sizeof(Pixel) == SHARED_BYTES, "the tables follow the ring");
@@ -120,6 +121,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) wgrad_gemm_reduce(
     scalar_t* __restrict__ dw, int x_exponent_count, int dy_exponent_count, int in_channels, int out_channels,
     int out_octets, int taps, int splits, i64 in_stride, i64 out_stride, i64 tap_stride, int block_channels,
     int block_taps, int rows) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(float, turned);  // [row][channel][tap], an odd number of floats a channel
     __shared__ unsigned scratch[32];
     int exponent = x_exponents ? smallest_exponent(x_exponents, x_exponent_count, scratch) +

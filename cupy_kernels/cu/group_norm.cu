@@ -49,6 +49,7 @@ extern "C" __global__ void __launch_bounds__(1024) group_norm_forward(
     const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
     out_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, int groups,
     int group_channels, int plane) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(Pack, cache);
     __shared__ acc_t scratch[32];
     int size = group_channels * plane, packs = size / WIDTH;
@@ -165,6 +166,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
     const out_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, scalar_t* __restrict__ dx,
     double* __restrict__ partials, int groups, int group_channels, int plane) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(OutPack, dy_cache);
     __shared__ acc_t scratch[32], part_sums[32], part_dots[32];
     int size = group_channels * plane, packs = size / WIDTH;
@@ -218,6 +220,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_parameters(
     const double* __restrict__ partials, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 rows,
     i64 channels) {
+    wait_for_earlier_kernels();
     static_assert(
         THREADS % COLUMNS == 0 && (THREADS / COLUMNS & (THREADS / COLUMNS - 1)) == 0,
         "threads are halved down to COLUMNS");

@@ -55,6 +55,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_forward_chan
     const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
     out_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, int tiles, int chunks,
     int channels, int group_channels, int plane, int chunk, int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     Rows rows = {tiles, chunks, channels, group_channels, plane, chunk, tile};
@@ -78,6 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_forward_chan
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_norm_partials_channels_last(
     const scalar_t* __restrict__ x, double* __restrict__ partials, int tiles, int chunks, int channels,
     int group_channels, int plane, int chunk, int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     with_units(kept.scratch(), [&](Open& open) {
@@ -96,6 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_norm_partial
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_statistics_channels_last(
     const double* __restrict__ partials, acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, i64 size,
     i64 chunk, i64 chunks) {
+    wait_for_earlier_kernels();
     __shared__ double scratch[32];
     const double *means = partials + blockIdx.x * chunks, *squares = means + gridDim.x * chunks;
     Moments moments;
@@ -109,6 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_norm_apply_c
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ rstd,
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, out_t* __restrict__ y, int tiles, int chunks,
     int channels, int group_channels, int plane, int chunk, int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     ImageWalk walk({tiles, chunks, channels, group_channels, plane, chunk, tile}, gridDim.x - 1 - blockIdx.x);
@@ -224,6 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_backward_cha
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, scalar_t* __restrict__ dx,
     double* __restrict__ partials, int tiles, int chunks, int channels, int group_channels, int plane, int chunk,
     int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     Rows rows = {tiles, chunks, channels, group_channels, plane, chunk, tile};
@@ -243,6 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_norm_backwar
     const out_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, double* __restrict__ partials, int tiles,
     int chunks, int channels, int group_channels, int plane, int chunk, int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     Rows rows = {tiles, chunks, channels, group_channels, plane, chunk, tile};
@@ -258,6 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_norm_backwar
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_means_channels_last(
     const double* __restrict__ partials, const param_t* __restrict__ weight, double* __restrict__ means, int chunks,
     int channels, int group_channels, int plane) {
+    wait_for_earlier_kernels();
     __shared__ double scratch[32];
     int groups = channels / group_channels, image = blockIdx.x / groups, first = blockIdx.x % groups * group_channels;
     const double* sums = partials + (i64)image * chunks * channels + first;
@@ -280,6 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_norm_backwar
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, const double* __restrict__ means,
     scalar_t* __restrict__ dx, int tiles, int chunks, int channels, int group_channels, int plane, int chunk,
     int tile) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     ImageWalk walk({tiles, chunks, channels, group_channels, plane, chunk, tile}, gridDim.x - 1 - blockIdx.x);

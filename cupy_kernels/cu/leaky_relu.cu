@@ -14,6 +14,7 @@ __device__ inline scalar_t leaky(scalar_t v, scalar_t x, acc_t slope) {
 
 extern "C" __global__ void leaky_relu_forward(
     const scalar_t* __restrict__ x, scalar_t* __restrict__ y, acc_t slope, i64 size) {
+    wait_for_earlier_kernels();
     i64 start = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
     if (start + WIDTH <= size) {
         Pack in = *(const Pack*)(x + start), out;
@@ -27,6 +28,7 @@ extern "C" __global__ void leaky_relu_forward(
 
 extern "C" __global__ void leaky_relu_backward(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, scalar_t* __restrict__ dx, acc_t slope, i64 size) {
+    wait_for_earlier_kernels();
     i64 start = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
     if (start + WIDTH <= size) {
         Pack gradient = *(const Pack*)(dy + start), in = *(const Pack*)(x + start), out;

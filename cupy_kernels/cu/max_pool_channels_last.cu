@@ -34,6 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_forward_channe
     const scalar_t* __restrict__ x, scalar_t* __restrict__ y, argmax_t* __restrict__ argmax, i64* __restrict__ indices,
     int channels, int height, int width, int out_height, int out_width, int kernel_h, int kernel_w, int stride_h,
     int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {
+    wait_for_earlier_kernels();
     Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
         dilation_h, dilation_w};
     Place at(out_height, out_width, channels);
@@ -79,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_backward_chann
     const scalar_t* __restrict__ dy, const argmax_t* __restrict__ argmax, scalar_t* __restrict__ dx, int channels,
     int height, int width, int out_height, int out_width, int kernel_h, int kernel_w, int stride_h, int stride_w,
     int padding_h, int padding_w, int dilation_h, int dilation_w) {
+    wait_for_earlier_kernels();
     Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
         dilation_h, dilation_w};
     Place at(height, width, channels);
@@ -105,6 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_select_channel
     const scalar_t* __restrict__ x, const argmax_t* __restrict__ argmax, scalar_t* __restrict__ y, int channels,
     int height, int width, int out_height, int out_width, int kernel_h, int kernel_w, int stride_h, int stride_w,
     int padding_h, int padding_w, int dilation_h, int dilation_w) {
+    wait_for_earlier_kernels();
     Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
         dilation_h, dilation_w};
     Place at(out_height, out_width, channels);

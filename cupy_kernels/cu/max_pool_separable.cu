@@ -36,6 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) max_pool_forward_separable
     const scalar_t* __restrict__ x, scalar_t* __restrict__ y, argmax_t* __restrict__ argmax, i64* __restrict__ indices,
     int height, int width, int out_height, int out_width, int kernel_h, int kernel_w, int padding_h, int padding_w,
     int tile_h, int tile_w) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, input);
     int rows = tile_h + kernel_h - 1, columns = tile_w + kernel_w - 1;
     acc_t* values = input + rows * columns;        // the largest element of each window's row
@@ -78,6 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) max_pool_backward_separabl
     const scalar_t* __restrict__ dy, const argmax_t* __restrict__ argmax, scalar_t* __restrict__ dx, int height,
     int width, int out_height, int out_width, int kernel_h, int kernel_w, int padding_h, int padding_w, int tile_h,
     int tile_w) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(acc_t, gradients);
     int rows = tile_h + kernel_h - 1, columns = tile_w + kernel_w - 1;  // of windows that cover a pixel of the tile
     acc_t* sums = gradients + rows * columns;                           // [tile_h, columns]: of a row of windows

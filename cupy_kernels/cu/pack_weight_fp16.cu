@@ -15,6 +15,7 @@
 extern "C" __global__ void pack_weight_fp16(
     const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed,
     int* __restrict__ exponents, float* __restrict__ copied_signs) {
+    wait_for_earlier_kernels();
     __shared__ unsigned scratch[32];
     int m = blockIdx.x;
     unsigned largest = 0;

@@ -18,6 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
     const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean,
     INOUT param_t* running_var, INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd,
     float momentum, float eps, int channels, i64 units) {
+    wait_for_earlier_kernels();
     __shared__ float scratch[32];
     int c = blockIdx.x;
     const float *counts = partials + c * units, *means = counts + channels * units, *squares = means + channels * units;
@@ -51,6 +52,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
     const param_t* __restrict__ group_bias, scalar_t* __restrict__ out, float* __restrict__ group_mean,
     float* __restrict__ group_invstd, float eps, float group_eps, float parameter) {
+    wait_for_earlier_kernels();
     __shared__ float means[JOBS], squares[JOBS];  // mean, and sum of squared distances from it, of each job's values
     __shared__ float running[2][STATISTICS ? 1 : MEMBERS];
     __shared__ __align__(16) scalar_t turned[TURNED ? PLANE * TURN_PITCH : 1];

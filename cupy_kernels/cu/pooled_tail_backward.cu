@@ -10,8 +10,8 @@
 //                                 finite, the largest |g|
 //     pooled_parameter_gradients  sums of all images, and the exponent of a scale under which dy fits fp16
 //     conv_output_gradient_packed dy as scaled, packed fp16 tiles [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor
-//                                 cores, and sums of dy at its borders, which the gradient of the convolution's weight
-//                                 needs where its x is centred
+//                                 cores; for the gradient of the convolution's weight also its x, and, where that is
+//                                 centred, sums of dy at its borders
 //     conv_output_gradient        dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
 //
 // Packed tiles are those of fp16_tiles.cu; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e
@@ -19,12 +19,15 @@
 //
 // Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, argmax, saved and the exponents of
 // conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_tiles.cuh, saved_t
-// (half_t with SPLIT 1, float with 2), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the convolution, and those of
-// conv_output_gradient_packed.
+// (half_t with SPLIT 1, float with 2), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the convolution; x_t, X_CHANNELS
+// and X_WIDTH (pixels in an access) of its x; TILE and BORDER_BLOCKS of conv_output_gradient_packed.
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "conv_output_gradient.cuh"
-#include "fp16_tiles.cuh"
 #include "gradient_bound.cuh"
+#include "pack_tile.cuh"
+
+// Blocks of conv_output_gradient_packed an SM, at least. More registers are needed where a chunk lacks channels.
+#define PACKING_BLOCKS (OUT_CHANNELS % CHUNK_CHANNELS ? 1 : SPLIT == 1 ? 4 : 3)
 
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
@@ -34,6 +37,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
     const float* __restrict__ group_mean, const float* __restrict__ group_invstd, float* __restrict__ g,
     float* __restrict__ partials, i64 images, float parameter) {
+    wait_for_earlier_kernels();
     __shared__ float totals[SUMS][JOBS], weights[JOBS];  // of each job; its channel's group_weight
     __shared__ __align__(16) scalar_t turned[TURNED ? PLANE * TURN_PITCH : 1];
     Activation activation(parameter);
@@ -139,6 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
     const param_t* __restrict__ weight, float* __restrict__ sums, int* __restrict__ dy_exponents,
     param_t* __restrict__ dweight, param_t* __restrict__ dbias, param_t* __restrict__ dgroup_weight,
     param_t* __restrict__ dgroup_bias, param_t* __restrict__ dconv_bias, i64 images, float count, int training) {
+    wait_for_earlier_kernels();
     __shared__ float warps[SUMS][THREADS / 32];
     int c = blockIdx.x;
     float total[SUMS] = {};
@@ -179,13 +184,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
 // images are numbered one image after the other. Before the blocks of these images come BORDER_BLOCKS that sum up the
 // borders of them, two channels each: what they read is then in the L2 cache. They are slow, so they do not come last.
 // borders [.][taps][channels] may be null.
-extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packed(
+//
+// Other blocks pack x, the convolution's input, if it is not null, as pack_fp16 does. Each comes before one of those
+// above, from the first on: so those at the borders, which hardly use the memory, have blocks beside them that do.
+extern "C" __global__ void __launch_bounds__(THREADS, PACKING_BLOCKS) conv_output_gradient_packed(
     const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
     const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
-    const int* __restrict__ dy_exponents, half_t* __restrict__ packed, float* __restrict__ borders, float count,
-    i64 images, int together) {
-    enum { OCTETS = CHUNK_CHANNELS / 8 };
+    const int* __restrict__ dy_exponents, half_t* __restrict__ packed, float* __restrict__ borders,
+    const x_t* __restrict__ x, const x_t* __restrict__ x_sums, half_t* __restrict__ x_packed, int x_exponent_count,
+    float count, i64 images, int together) {
+    wait_for_earlier_kernels();
+    typedef ToPack<x_t, X_WIDTH> X;
+    enum { OCTETS = CHUNK_CHANNELS / 8, X_PIXELS = IN_H * IN_W };
     static_assert(TILE * OCTETS == THREADS, "a thread computes eight channels of a window");
     static_assert(BORDER_BLOCKS * (THREADS / 128) == OUT_CHANNELS, "128 threads sum up a channel's borders");
     struct __align__(16) Channel {
@@ -194,11 +205,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
     };
     __shared__ __align__(16) u8 corners[4][TILE * LINE_BYTES];  // lines of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
-    static_assert(sizeof(corners) >= THREADS / 128 * sizeof(BorderSums), "each block needs only one of both");
+    static_assert(sizeof(corners) >= THREADS / 128 * sizeof(BorderSums), "each block needs only one of them");
+    static_assert(sizeof(corners) >= sizeof(uint4[X::TILE_PIXELS * 8]), "each block needs only one of them");
     int tiles = (together * WINDOWS + TILE - 1) / TILE, of_borders = borders ? BORDER_BLOCKS : 0,
-        all = of_borders + tiles * CHUNKS, share = blockIdx.x / all, block = blockIdx.x % all - of_borders,
+        of_dy = of_borders + tiles * CHUNKS, x_tiles = (together * X_PIXELS + X::TILE_PIXELS - 1) / X::TILE_PIXELS,
+        of_x = x ? x_tiles * ((X_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS) : 0,
+        share = blockIdx.x / (of_x + of_dy), block = blockIdx.x % (of_x + of_dy), pairs = min(of_x, of_dy),
         lane = threadIdx.x % 32;
     i64 first = (i64)share * together, end = min(first + together, images);
+    bool packs = block < 2 * pairs ? block % 2 == 0 : of_x > of_dy;
+    block = block < 2 * pairs ? block / 2 : block - pairs;
+    if (packs) {
+        X to_pack = {x, unit_exponents, x_sums, x_packed, x_exponent_count, X_CHANNELS, X_PIXELS};
+        i64 from = first * X_PIXELS + block % x_tiles * X::TILE_PIXELS;
+        auto& tile = *(uint4(*)[X::TILE_PIXELS * 8]) corners;
+        to_pack.pack(from, (int)end * X_PIXELS, block / x_tiles, tile, (unsigned*)channels);
+        return;
+    }
+    block -= of_borders;
     // Of all channels. A warp reads them, and later than what takes longer.
     auto least_exponent = [&] {
         int least = 126;
@@ -224,22 +248,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
     bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
 
     Kept kept[8] = {};
-    float chosen[8];
+    float chosen[8] = {};
     Window window(at % WINDOWS);
-    int tap[8], exponent = kept_exponent(unit_exponents, image, window);
+    int taps[8], exponent = kept_exponent(unit_exponents, image, window);
     if (real) {
         i64 plane = image * OUT_CHANNELS + c;
         const Kept* from = (const Kept*)saved + plane * PLANE_STRIDE + window.saved;
         if (sums)
             #pragma unroll
             for (int j = 0; j < 8; j++) kept[j] = from[j * PLANE_STRIDE];
-        const float* g_from = g + plane * PLANE + max(window.pooled, 0);
-        const u8* argmax_from = argmax + plane * PLANE_STRIDE + window.argmax;
-        #pragma unroll
-        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = argmax_from[j * PLANE_STRIDE];
-        if (window.pooled < 0)
+        const float* g_from = g + plane * PLANE + window.pooled;
+        const u8* argmax_from = argmax + (plane * PLANE_STRIDE + window.argmax) / 4;
+        if (window.pooled >= 0)
             #pragma unroll
-            for (int j = 0; j < 8; j++) tap[j] = -1;
+            for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE];
+        #pragma unroll
+        for (int j = 0; j < 8; j++) taps[j] = argmax_from[j * (PLANE_STRIDE / 4)];
     }
     int own = min(chunk * CHUNK_CHANNELS + (int)threadIdx.x % CHUNK_CHANNELS, OUT_CHANNELS - 1);
     Channel channel = {OutputGradient(mean, invstd, weight, sums, own), SPLIT == 1 ? exponents[own] : 0};
@@ -256,12 +280,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
         #pragma unroll
         for (int j = 0; j < 8; j++) {
             channel = ((const Channel*)channels)[octet * 8 + j];
-            float restore = restoring(channel.exponent + exponent), add = channel.gradient.of_chosen(chosen[j]),
-                  window[4];
-            unpack(kept[j], window);
+            float restore = restoring(channel.exponent + exponent), add = channel.gradient.of_chosen(chosen[j]), y[4];
+            unpack(kept[j], y);
             #pragma unroll
             for (int corner = 0; corner < 4; corner++)
-                v[corner][j] = channel.gradient.of(window[corner], restore) + (corner == tap[j] ? add : 0);
+                v[corner][j] = channel.gradient.of(y[corner], restore) + (corner == window.chosen(taps[j]) ? add : 0);
         }
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) store_line(corners[corner], place, octet, v[corner], place & 7);
@@ -290,6 +313,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
     const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
     scalar_t* __restrict__ dy, float count) {
+    wait_for_earlier_kernels();
     int at = blockIdx.y * blockDim.x + threadIdx.x, c = blockIdx.x % OUT_CHANNELS;
     i64 plane = blockIdx.x;
     if (at >= WINDOWS) return;

@@ -28,6 +28,7 @@ __device__ inline acc_t narrowed(double v) {
 extern "C" __global__ void __launch_bounds__(THREADS) sync_message(
     const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ shift,
     double* __restrict__ message, i64 channels, i64 count) {
+    wait_for_earlier_kernels();
     i64 c = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (c == 0) message[2 * channels] = count;
     if (c >= channels) return;
@@ -43,6 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sync_statistics(
     INOUT param_t* running_var, INOUT i64* batches, const param_t* __restrict__ shift, acc_t* __restrict__ mean,
     acc_t* __restrict__ invstd, acc_t* __restrict__ distance, double* __restrict__ share, acc_t momentum, acc_t eps,
     i64 channels, i64 ranks) {
+    wait_for_earlier_kernels();
     i64 c = (i64)blockIdx.x * blockDim.x + threadIdx.x, length = 2 * channels + 1;
     if (c >= channels) return;
     double count = 0, m = 0, m2 = 0;
@@ -75,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sync_statistics(
 extern "C" __global__ void __launch_bounds__(THREADS) sync_sums(
     const double* __restrict__ gathered, const double* __restrict__ share, double* __restrict__ sums, i64 channels,
     i64 ranks) {
+    wait_for_earlier_kernels();
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= 2 * channels) return;
     double sum = 0;

@@ -18,6 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sync_parameter_gradients(
     const double* __restrict__ share, const param_t* __restrict__ weight, float* __restrict__ sums,
     float* __restrict__ rest, int* __restrict__ dy_exponents, param_t* __restrict__ dconv_bias, i64 channels, i64 ranks,
     i64 images, float count) {
+    wait_for_earlier_kernels();
     __shared__ float warps[THREADS / 32];
     i64 c = blockIdx.x;
     float most = 0;
@@ -46,6 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sync_parameter_gradients(
 extern "C" __global__ void __launch_bounds__(THREADS) sync_borders(
     const float* __restrict__ rest, const float* __restrict__ invstd, const param_t* __restrict__ weight,
     const int* __restrict__ dy_exponents, INOUT float* borders, int channels, int taps) {
+    wait_for_earlier_kernels();
     __shared__ unsigned scratch[32];
     float enlarge = power_of_two(smallest_exponent(dy_exponents, channels, scratch));
     int i = blockIdx.x * blockDim.x + threadIdx.x, c = i % channels;

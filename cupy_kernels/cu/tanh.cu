@@ -8,6 +8,7 @@
 struct __align__(WIDTH * sizeof(scalar_t)) Pack { scalar_t v[WIDTH]; };
 
 extern "C" __global__ void tanh_forward(const scalar_t* __restrict__ x, scalar_t* __restrict__ y, i64 size) {
+    wait_for_earlier_kernels();
     i64 start = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
     if (start + WIDTH <= size) {
         Pack in = *(const Pack*)(x + start), out;
@@ -21,6 +22,7 @@ extern "C" __global__ void tanh_forward(const scalar_t* __restrict__ x, scalar_t
 
 extern "C" __global__ void tanh_backward(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ y, scalar_t* __restrict__ dx, i64 size) {
+    wait_for_earlier_kernels();
     i64 start = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
     if (start + WIDTH <= size) {
         Pack gradient = *(const Pack*)(dy + start), saved = *(const Pack*)(y + start), out;

@@ -32,6 +32,7 @@ static_assert(CHUNK % 4 == 0 && THREADS % CHUNK == 0, "a thread copies one chann
 extern "C" __global__ void __launch_bounds__(THREADS, 4) thin_forward(
     const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias, float* __restrict__ y,
     int images, int channels, int in_h, int in_w, int out_h, int out_w, int w_last) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(float, shared);
     int rows = (out_h + STRIDE_H - 1) / STRIDE_H, columns = (out_w + STRIDE_W - 1) / STRIDE_W;
     int tiles_h = (rows + TILE_ROWS - 1) / TILE_ROWS, tiles_w = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;

@@ -94,6 +94,7 @@ __device__ __forceinline__ void load_window(const float* dy_line, int pixel, flo
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) thin_dgrad(
     const float* __restrict__ dy, const float* __restrict__ w, float* __restrict__ dx, int images, int channels,
     int in_h, int in_w, int out_h, int out_w, int w_last) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(float, shared);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_channel = blockIdx.y * BLOCK_CHANNELS;
     Segments segments(images, channels, in_h, in_w, out_h, out_w);
@@ -166,6 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) thin_dgrad(
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) thin_wgrad(
     const float* __restrict__ x, const float* __restrict__ dy, float* __restrict__ partial, int images, int channels,
     int in_h, int in_w, int out_h, int out_w) {
+    wait_for_earlier_kernels();
     DYNAMIC_SHARED(float, shared);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_channel = blockIdx.y * BLOCK_CHANNELS;
     Segments segments(images, channels, in_h, in_w, out_h, out_w);
@@ -242,6 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) thin_wgrad(
 // Grid: x = 32 elements of dw each; 8 warps share the parts.
 extern "C" __global__ void __launch_bounds__(256)
     thin_wgrad_reduce(const float* __restrict__ partial, float* __restrict__ dw, int size, int parts, int w_last) {
+    wait_for_earlier_kernels();
     __shared__ float scratch[8][32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, i = blockIdx.x * 32 + lane;
     float sum = 0;

@@ -81,11 +81,14 @@ def convolution_gradients(new, before, after, given, x, w, weight, memory, *, se
     (dgrad, _), (wgrad, _) = _gradient_plans(x_shape, x.dtype, w.shape, w.dtype, setting)
     general = (need_x and dgrad is None) or (need_w and wgrad is None)
     dy = new.scratch(output_shape(x_shape, w.shape, geometry), x.dtype) if general else None
-    packed, centred = not general and (need_x or need_w), training and x.dtype == np.float32
-    arrays = back.gradient_arrays(plan, x.shape[0], packed, packed and need_w and centred)
+    packed = not general and (need_x or need_w)
+    x_packed = packed and need_w and not setting.last
+    centred = x_packed and training and x.dtype == np.float32
+    arrays = back.gradient_arrays(plan, x.shape[0], packed, centred, x if x_packed else None)
     made = {**{name: new.scratch(*array) for name, array in arrays.items() if name not in given}, **given}
     before(plan, kept, made)
-    back.output_gradient(weight, dy, kept, made, plan=plan, groups=groups, training=training, activation=activation)
+    how = {"plan": plan, "groups": groups, "training": training, "activation": activation}
+    back.output_gradient(new.scratch, x, weight, dy, kept, made, **how)
     if after is not None:
         after(kept, made)
     if general:
@@ -93,7 +96,7 @@ def convolution_gradients(new, before, after, given, x, w, weight, memory, *, se
         return dx, dw
     dw, dx = new.like(w if need_w else None), new.like(x if need_x else None)
     if need_w:  # first: the room of its workspaces is dx's then
-        back.weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
+        back.weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad)
     if need_x:
         back.input_gradient(new.scratch, w, made, dx, plan=dgrad.of_weights(SCALARS[w.dtype]))
     return dx, dw

@@ -73,7 +73,7 @@ def _tail_gradients(new, dout, x, w, weight, bias, group_weight, group_bias, mem
     """g, partial sums and sums of the rank, and gradients of the parameters behind the convolution."""
     plan = plan_for(x, w, setting)
     kept = parts(memory, ops.kept_arrays(plan, x.shape, setting.groups, True))
-    made = {name: new(*array) for name, array in back.gradient_arrays(plan, x.shape[0], False, False).items()}
+    made = {name: new(*array) for name, array in back.gradient_arrays(plan, x.shape[0]).items()}
     parameters = (weight, bias, group_weight, group_bias)
     found = [new.like(t if needed else None) for t, needed in zip(parameters, needed)]
     affine = (weight, bias, group_weight)
