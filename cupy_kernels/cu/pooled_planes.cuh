@@ -2,8 +2,8 @@
 //
 // Windows are numbered row by row, WINDOW_PITCH a row. Without WGMMA they follow one another. With it they are cut into
 // units of UNIT_WINDOWS, whole rows. There 16 windows, four tiles of four lanes, change places among themselves, so
-// that a lane writes 16 bytes of its own at a time, next to those of its neighbours. In units of TOGETHER windows, where
-// window 4 t + l of the 16 is in tile t of lane l:
+// that a lane writes 16 bytes of its own at a time, next to those of its neighbours. In units of TOGETHER windows,
+// where window 4 t + l of the 16 is in tile t of lane l:
 //
 //     place                     0  1  2  3 |  4  5  6  7 |  8  9 10 11 | 12 13 14 15
 //     pooled, argmax (4)        0  4  8 12 |  1  5  9 13 |  2  6 10 14 |  3  7 11 15
