@@ -2401,7 +2401,18 @@ struct PoolEpilogue {
             return;
         }
         i64 at = row + place.window(0);
-        if (SAVE && (FULL || place.exists(0))) argmax[(row >> 2) + (at - row >> 2)] = taps;
+        if (SAVE) {
+            int lane = threadIdx.x % 4;
+            unsigned four = taps;
+            if (!FULL) {
+                four = (taps & ((1 << place.tiles * 2) - 1)) << lane * place.tiles * 2;
+                four |= __shfl_xor_sync(0xFFFFFFFFu, four, 1);
+                four |= __shfl_xor_sync(0xFFFFFFFFu, four, 2);
+                four >>= lane * 8;
+            }
+            if (FULL || (lane < place.tiles && place.first_window + lane * 4 < place.end_window))
+                argmax[(row >> 2) + (place.first_window >> 2) + lane] = four;
+        }
         if (FULL) {
             store_at_once(pooled + at, best);
             if (SAVE) store_at_once(saved + at * 4, all);
