@@ -51,7 +51,7 @@ class Backend:
         raise NotImplementedError
 
     def config(self, step):
-        """What `start` needs to know of a launch besides its handle and its numbers."""
+        """What `start` needs to know of a `launch.Step` besides its handle and its numbers. None: nothing."""
 
     def start(self, launches: list, stream: int | None) -> None:
         """Starts `launch.Packed`s in order, in a stream of the current device. Does not check arguments."""

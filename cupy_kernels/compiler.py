@@ -7,11 +7,12 @@ from pathlib import Path
 
 from . import cache, nvrtc
 from .backend import Backend, Room
-from .driver import COOPERATIVE, OVERLAPPING, Config, launch_with
+from .driver import Config, launch_with, overlaps
 from .errors import BackendError
 from .source import Kernel, unit
 
 DEFAULT_SHARED_BYTES = 48 * 1024
+WAITING = 90  # what a kernel is compiled for, at least, if wait_for_earlier_kernels() of common.cuh is to do something
 
 
 @functools.cache
@@ -45,7 +46,7 @@ class Gpu(Backend):
         cuda = cupy().cuda.runtime
         names = ("CooperativeLaunch", "MultiProcessorCount", "MaxSharedMemoryPerBlockOptin")
         able, *room = (cuda.deviceGetAttribute(getattr(cuda, f"cudaDevAttr{name}"), device) for name in names)
-        return Room(*room) if able and launch_with() else None
+        return Room(*room) if able else None
 
     def function(self, kernel: Kernel, shared_bytes: int = 0):
         """The compiled kernel on the current device, as a CuPy function.
@@ -68,9 +69,12 @@ class Gpu(Backend):
         return self.function(kernel, shared_bytes).kernel.ptr
 
     def config(self, step):
-        """The launch's `Config`; None for a plain launch."""
-        attribute = COOPERATIVE if step.cooperative else step.overlapping and _overlaps(self._place()) and OVERLAPPING
-        return Config(step.grid, step.block, step.shared_bytes, attribute) if attribute else None
+        """The `Config` of a launch that may start while the kernel before it ends; None for others."""
+        if not step.overlapping or not overlaps():
+            return None
+        if self.function(step.kernel, step.shared_bytes).ptx_version < WAITING:
+            return None
+        return Config(step.grid, step.block, step.shared_bytes)
 
     def start(self, launches, stream):
         cuda = cupy().cuda
@@ -80,14 +84,16 @@ class Gpu(Backend):
         try:
             for packed in launches:
                 config = packed.config
-                if config is None:
+                if config is not None:
+                    if config.stream != stream:
+                        config.stream = stream
+                    error = launch_with()(config.address, packed.numbers[0], packed.parameters, None)
+                    if error:
+                        raise cuda.driver.CUDADriverError(error)
+                elif packed.step.cooperative:
+                    cuda.driver.launchCooperativeKernel(*packed.numbers, stream, packed.parameters)
+                else:
                     start(*packed.numbers, stream, packed.parameters, 0)
-                    continue
-                if config.stream != stream:
-                    config.stream = stream
-                error = launch_with()(config.address, packed.numbers[0], packed.parameters, None)
-                if error:
-                    raise cuda.driver.CUDADriverError(error)
         except cuda.driver.CUDADriverError as error:
             raise RuntimeError(
                 f"CUDA does not start {packed.step.kernel}: {error}. This may be the error of an earlier kernel, of "
@@ -123,14 +129,6 @@ class Gpu(Backend):
                 "chooses (default ~/.cupy/kernel_cache), and temporary files in that of TMPDIR"
             ) from error
         return module
-
-
-@functools.cache
-def _overlaps(device: int) -> bool:
-    """Whether a kernel of the GPU may start while the one before it ends, also in a CUDA graph."""
-    cuda = cupy().cuda
-    newer = int(cuda.Device(device).compute_capability) >= 90 and cuda.runtime.driverGetVersion() >= 12030
-    return newer and launch_with() is not None
 
 
 def _code(kernel: Kernel, architecture: str) -> Path:

@@ -20,12 +20,12 @@ _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 
 
 def gradient_arrays(
-    p: Plan, images: int, packed: bool = False, centred: bool = False, x=None
+    p: Plan, images: int, packed: bool = False, x_shape=None, centred: bool = False
 ) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that `tail_gradients` and `output_gradient` write, for `weight_gradient` and dgrad.
 
     packed: whether dy is one of them.
-    x: None, or the input, [N, K, H, W], if its packed tiles are.
+    x_shape: None, or [N, K, H, W], if packed tiles of x are.
     centred: whether these tiles are of x less its first image's means, for a gradient of float32. With statistics of
         the batch, dy sums to 0. Then this changes only the rounding error (see benchmarks/NOTES.md).
     """
@@ -43,8 +43,8 @@ def gradient_arrays(
         shares = ceil_div(images, _images_together(images))
         arrays["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
         arrays["x_sums"] = ((macros["IN_CHANNELS"],), np.float32)
-    if x is not None:
-        arrays["x_packed"] = (packed_shape(x.shape, macros["SPLIT"]), np.float16)
+    if x_shape is not None:
+        arrays["x_packed"] = (packed_shape(x_shape, macros["SPLIT"]), np.float16)
     return arrays
 
 
@@ -87,7 +87,8 @@ def output_gradient(scratch, x, weight, dy, kept, made, *, training: bool, **opt
     """Computes dy, the gradient of the convolution's output, from what `tail_gradients` has written.
 
     It is written as packed tiles if `made` has them, and to dy, [N, M, OH, OW], if that is not None, for the general
-    convolution kernels. x is packed, too, if `made` has its tiles.
+    convolution kernels. x, the convolution's input, is packed, too, if `made` has its tiles.
+    scratch: makes workspaces, as for the forward.
     options: plan, groups, activation.
     """
     given = (made["g"], *map(kept.get, ("argmax", "saved", "exponents", "unit_exponents", "mean", "invstd")), weight)
@@ -95,14 +96,15 @@ def output_gradient(scratch, x, weight, dy, kept, made, *, training: bool, **opt
     if "x_sums" in made:
         channel_sum(x[:1], made["x_sums"], scratch(channel_sum_workspace_size(x[:1]), np.float64))
     if "dy_packed" in made:
-        packed = (made["dy_packed"], *map(made.get, ("borders", "x_sums", "x_packed")))
-        conv_output_gradient_packed(*given, made["dy_exponents"], x, *packed, **options)
+        packed = made["dy_exponents"], made["dy_packed"], made.get("borders")
+        of_x = (x, made.get("x_sums"), made["x_packed"]) if "x_packed" in made else ()
+        conv_output_gradient_packed(*given, *packed, *of_x, **options)
     if dy is not None:
         conv_output_gradient(*given, dy, **options)
 
 
 def weight_gradient(scratch, x, kept, made, dw, *, plan: WgradPlan) -> None:
-    """Writes dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`."""
+    """Writes dw, the gradient of w, from x and dy. scratch, kept, made: as for `output_gradient`, which comes first."""
     x_packed, x_exponents = made.get("x_packed", x), kept["unit_exponents"]
     if "x_packed" not in made:  # channels_last
         if x.dtype == np.float16:
@@ -201,9 +203,9 @@ def conv_output_gradient_packed(
     weight,
     sums,
     dy_exponents,
-    x,
     dy,
     borders=None,
+    x=None,
     x_sums=None,
     x_packed=None,
     *,
@@ -213,18 +215,18 @@ def conv_output_gradient_packed(
     """The same as packed fp16 tiles, for tensor cores: dy times 2^e, where e is the smallest of dy_exponents.
 
     dy_exponents: from `parameter_gradients`.
-    x, x_sums, x_packed: None, or the convolution's input and what `fp16_tiles.pack_fp16` takes, under the scale of
-        unit_exponents. It is packed by the same kernel, because dy alone does not keep the memory busy.
     dy: float16, of `packed_output_shape`, written.
     borders: None, or as in `gradient_arrays`, written: sums of dy times 2^e over the pixels that have no partner in x
         for a tap, for parts of the images, as `conv_wgrad_mma` takes them.
+    x, x_sums, x_packed: None, or the convolution's input and what `fp16_tiles.pack_fp16` takes, under the scale of
+        unit_exponents. The same launch packs it, because dy alone does not keep the memory busy.
     """
     images = g.shape[0]
     together = _images_together(images)
     sizes = dict(_backward_macros(plan, **tail))
     blocks = dy.shape[1] * ceil_div(together * windows_of(sizes), sizes["TILE"])
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
-    if x_packed is not None:
+    if x is not None:
         pixels = math.prod(x.shape[2:])
         sizes["X_WIDTH"] = access_width(x, pixels)
         blocks += x_packed.shape[1] * ceil_div(together * pixels, tile_pixels(sizes["SPLIT"], sizes["X_WIDTH"]))
@@ -233,7 +235,7 @@ def conv_output_gradient_packed(
         (ceil_div(images, together) * blocks, 1, 1),
         (THREADS, 1, 1),
         (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders)
-        + (None if x_packed is None else x, x_sums, x_packed, unit_exponents.size)
+        + (x, x_sums, x_packed, unit_exponents.size)
         + (_count(plan, images), images, together),
     )
 

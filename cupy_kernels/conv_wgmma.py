@@ -113,10 +113,8 @@ def layout(
         "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
         "SHARED_BYTES": shared_bytes,
     }
-    first, last = (ceil_div(n * window_pitch, 16) * 16 for n in (rows, images_units[-1]))
-    units = len(images_units)
-    plane = (units - 1) * first + last
-    return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, first, plane))
+    units, (stride, rest) = len(images_units), (ceil_div(n * window_pitch, 16) * 16 for n in (rows, images_units[-1]))
+    return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, (units - 1) * stride + rest))
 
 
 def _tiles(needed, granule: int, last_granule: int, most: int, many: bool) -> tuple[int, int]:

@@ -1,10 +1,10 @@
-"""Launches with an attribute, by the CUDA driver's cuLaunchKernelEx, which CuPy does not have."""
+"""Launches that overlap the kernel before them, by the CUDA driver's cuLaunchKernelEx, which CuPy does not have."""
 
 import ctypes
 import functools
-from collections.abc import Callable
 
-COOPERATIVE, OVERLAPPING = 2, 6  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE, ..._PROGRAMMATIC_STREAM_SERIALIZATION
+_OVERLAPPING = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_LEAST_VERSION = 12030  # CUDA 12.3, from which on CUDA graphs can have such launches
 
 
 class _Attribute(ctypes.Structure):
@@ -14,7 +14,7 @@ class _Attribute(ctypes.Structure):
 
 
 class Config(ctypes.Structure):
-    """CUlaunchConfig of a launch with one attribute, set to 1."""
+    """CUlaunchConfig of a launch that may start while the kernel before it ends. `stream` is set before each start."""
 
     _fields_ = [
         ("grid", ctypes.c_uint * 3),
@@ -25,19 +25,27 @@ class Config(ctypes.Structure):
         ("count", ctypes.c_uint),
     ]
 
-    def __init__(self, grid, block, shared_bytes: int, attribute: int):
-        set_to = ctypes.pointer(_Attribute(attribute, 0, (1,)))
-        super().__init__(tuple(grid), tuple(block), shared_bytes, 0, set_to, 1)
+    def __init__(self, grid, block, shared_bytes: int):
+        overlapping = ctypes.pointer(_Attribute(_OVERLAPPING, 0, (1,)))
+        super().__init__(tuple(grid), tuple(block), shared_bytes, 0, overlapping, 1)
         self.address = ctypes.addressof(self)
 
 
 @functools.cache
-def launch_with() -> Callable[[int, int, int, None], int] | None:
-    """cuLaunchKernelEx(address of a Config, kernel, address of its arguments, None), which returns an error's number.
+def overlaps() -> bool:
+    """Whether the driver has launches that overlap."""
+    version = ctypes.c_int()
+    return _driver().cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value >= _LEAST_VERSION
 
-    None if the driver is older than CUDA 11.8.
-    """
-    function = getattr(ctypes.CDLL("libcuda.so.1"), "cuLaunchKernelEx", None)
-    if function:
-        function.argtypes = [ctypes.c_void_p] * 4
+
+@functools.cache
+def launch_with():
+    """cuLaunchKernelEx(address of a Config, kernel, address of its arguments, None), which returns an error number."""
+    function = _driver().cuLaunchKernelEx
+    function.argtypes = [ctypes.c_void_p] * 4
     return function
+
+
+@functools.cache
+def _driver():
+    return ctypes.CDLL("libcuda.so.1")

@@ -25,9 +25,7 @@ _SAMPLES = (
     (80, 1, 66, "half_t", 1, True, True),
     (48, 3, 71, "float", 2, False, False),
 )
-
-
-SHAPE_MACROS = ("X_CHANNELS", "X_WIDTH")
+SHAPE_MACROS = ("X_CHANNELS", "X_WIDTH")  # see `cupy_kernels.variants`
 
 
 @until_overridden
@@ -99,7 +97,8 @@ def backward_defines(macros):
     blocks = {
         "TILE": THREADS * 8 // chunk_channels(split),
         "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
-        "x_t": types_of(macros)["param_t"] if macros["CHANNELS_LAST"] else macros["scalar_t"],  # if it packs x
+        # channels_last: it does not pack x, and needs no variants for x's type.
+        "x_t": types_of(macros)["param_t"] if macros["CHANNELS_LAST"] else macros["scalar_t"],
         "X_CHANNELS": macros["IN_CHANNELS"],
         "X_WIDTH": 1 if macros["IN_H"] * macros["IN_W"] % 4 else 4,
     }
@@ -123,7 +122,8 @@ def variants():
             sample["AS_IT_IS"] = int(wgmma and last and dtype == "half_t")
             unit = 8 * pitch if wgmma else 64
             units, stride = ceil_div(pitch**2, unit), ceil_div(unit, 16) * 16
-            planes = conv_wgmma.planes(wgmma, pitch, units, unit, stride, units * stride)
+            last = ceil_div(pitch**2 - (units - 1) * unit, 16) * 16
+            planes = conv_wgmma.planes(wgmma, pitch, units, unit, stride, (units - 1) * stride + last)
             for activation in activations():
                 tail = tail_defines(sample, groups, activation, planes.items(), 26)
                 if (dtype, split) != ("float", 2):

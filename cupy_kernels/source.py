@@ -367,7 +367,7 @@ def cooperative(kernel: Kernel) -> bool:
 
 @until_overridden
 def overlapping(kernel: Kernel) -> bool:
-    """Whether the kernel's first statement is wait_for_earlier_kernels(), so that it may start while they end."""
+    """Whether the kernel's first statement is wait_for_earlier_kernels(), so that it may start while those end."""
     return re.match(r"[^{]*{\s*wait_for_earlier_kernels\s*\(\s*\)\s*;", _code(kernel)) is not None
 
 

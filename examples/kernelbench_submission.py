@@ -22,7 +22,7 @@ import re
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache as until_overridden
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,7 +209,7 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
 
 @until_overridden
 def overlapping(kernel: Kernel) -> bool:
-    """Whether the kernel's first statement is wait_for_earlier_kernels(), so that it may start while they end."""
+    """Whether the kernel's first statement is wait_for_earlier_kernels(), so that it may start while those end."""
     return re.match(r"[^{]*{\s*wait_for_earlier_kernels\s*\(\s*\)\s*;", _code(kernel)) is not None
 
 
@@ -277,9 +277,10 @@ def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/driver.py
 #
-# Launches with an attribute, by the CUDA driver's cuLaunchKernelEx, which CuPy does not have.
+# Launches that overlap the kernel before them, by the CUDA driver's cuLaunchKernelEx, which CuPy does not have.
 
-COOPERATIVE, OVERLAPPING = 2, 6  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE, ..._PROGRAMMATIC_STREAM_SERIALIZATION
+_OVERLAPPING = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_LEAST_VERSION = 12030  # CUDA 12.3, from which on CUDA graphs can have such launches
 
 
 class _Attribute(ctypes.Structure):
@@ -289,7 +290,7 @@ class _Attribute(ctypes.Structure):
 
 
 class Config(ctypes.Structure):
-    """CUlaunchConfig of a launch with one attribute, set to 1."""
+    """CUlaunchConfig of a launch that may start while the kernel before it ends. `stream` is set before each start."""
 
     _fields_ = [
         ("grid", ctypes.c_uint * 3),
@@ -300,22 +301,30 @@ class Config(ctypes.Structure):
         ("count", ctypes.c_uint),
     ]
 
-    def __init__(self, grid, block, shared_bytes: int, attribute: int):
-        set_to = ctypes.pointer(_Attribute(attribute, 0, (1,)))
-        super().__init__(tuple(grid), tuple(block), shared_bytes, 0, set_to, 1)
+    def __init__(self, grid, block, shared_bytes: int):
+        overlapping = ctypes.pointer(_Attribute(_OVERLAPPING, 0, (1,)))
+        super().__init__(tuple(grid), tuple(block), shared_bytes, 0, overlapping, 1)
         self.address = ctypes.addressof(self)
 
 
 @functools.cache
-def launch_with() -> Callable[[int, int, int, None], int] | None:
-    """cuLaunchKernelEx(address of a Config, kernel, address of its arguments, None), which returns an error's number.
+def overlaps() -> bool:
+    """Whether the driver has launches that overlap."""
+    version = ctypes.c_int()
+    return _driver().cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value >= _LEAST_VERSION
 
-    None if the driver is older than CUDA 11.8.
-    """
-    function = getattr(ctypes.CDLL("libcuda.so.1"), "cuLaunchKernelEx", None)
-    if function:
-        function.argtypes = [ctypes.c_void_p] * 4
+
+@functools.cache
+def launch_with():
+    """cuLaunchKernelEx(address of a Config, kernel, address of its arguments, None), which returns an error number."""
+    function = _driver().cuLaunchKernelEx
+    function.argtypes = [ctypes.c_void_p] * 4
     return function
+
+
+@functools.cache
+def _driver():
+    return ctypes.CDLL("libcuda.so.1")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -323,12 +332,7 @@ def launch_with() -> Callable[[int, int, int, None], int] | None:
 #
 # The GPU backend: compiles kernel text to a function on the current device with cupy.RawModule.
 
-@functools.cache
-def _overlaps(device: int) -> bool:
-    """Whether a kernel of the GPU may start while the one before it ends, also in a CUDA graph."""
-    cuda = cupy().cuda
-    newer = int(cuda.Device(device).compute_capability) >= 90 and cuda.runtime.driverGetVersion() >= 12030
-    return newer and launch_with() is not None
+WAITING = 90  # what a kernel is compiled for, at least, if wait_for_earlier_kernels() of common.cuh is to do something
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -701,10 +705,8 @@ def layout(
         "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
         "SHARED_BYTES": shared_bytes,
     }
-    first, last = (ceil_div(n * window_pitch, 16) * 16 for n in (rows, images_units[-1]))
-    units = len(images_units)
-    plane = (units - 1) * first + last
-    return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, first, plane))
+    units, (stride, rest) = len(images_units), (ceil_div(n * window_pitch, 16) * 16 for n in (rows, images_units[-1]))
+    return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, (units - 1) * stride + rest))
 
 
 def _tiles(needed, granule: int, last_granule: int, most: int, many: bool) -> tuple[int, int]:
@@ -1105,7 +1107,8 @@ def backward_defines(macros):
     blocks = {
         "TILE": THREADS * 8 // chunk_channels(split),
         "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
-        "x_t": types_of(macros)["param_t"] if macros["CHANNELS_LAST"] else macros["scalar_t"],  # if it packs x
+        # channels_last: it does not pack x, and needs no variants for x's type.
+        "x_t": types_of(macros)["param_t"] if macros["CHANNELS_LAST"] else macros["scalar_t"],
         "X_CHANNELS": macros["IN_CHANNELS"],
         "X_WIDTH": 1 if macros["IN_H"] * macros["IN_W"] % 4 else 4,
     }
@@ -1455,12 +1458,12 @@ _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 
 
 def gradient_arrays(
-    p: Plan, images: int, packed: bool = False, centred: bool = False, x=None
+    p: Plan, images: int, packed: bool = False, x_shape=None, centred: bool = False
 ) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that `tail_gradients` and `output_gradient` write, for `weight_gradient` and dgrad.
 
     packed: whether dy is one of them.
-    x: None, or the input, [N, K, H, W], if its packed tiles are.
+    x_shape: None, or [N, K, H, W], if packed tiles of x are.
     centred: whether these tiles are of x less its first image's means, for a gradient of float32. With statistics of
         the batch, dy sums to 0. Then this changes only the rounding error (see benchmarks/NOTES.md).
     """
@@ -1478,8 +1481,8 @@ def gradient_arrays(
         shares = ceil_div(images, _images_together(images))
         arrays["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
         arrays["x_sums"] = ((macros["IN_CHANNELS"],), np.float32)
-    if x is not None:
-        arrays["x_packed"] = (packed_shape(x.shape, macros["SPLIT"]), np.float16)
+    if x_shape is not None:
+        arrays["x_packed"] = (packed_shape(x_shape, macros["SPLIT"]), np.float16)
     return arrays
 
 
@@ -1522,7 +1525,8 @@ def output_gradient(scratch, x, weight, dy, kept, made, *, training: bool, **opt
     """Computes dy, the gradient of the convolution's output, from what `tail_gradients` has written.
 
     It is written as packed tiles if `made` has them, and to dy, [N, M, OH, OW], if that is not None, for the general
-    convolution kernels. x is packed, too, if `made` has its tiles.
+    convolution kernels. x, the convolution's input, is packed, too, if `made` has its tiles.
+    scratch: makes workspaces, as for the forward.
     options: plan, groups, activation.
     """
     given = (made["g"], *map(kept.get, ("argmax", "saved", "exponents", "unit_exponents", "mean", "invstd")), weight)
@@ -1530,14 +1534,15 @@ def output_gradient(scratch, x, weight, dy, kept, made, *, training: bool, **opt
     if "x_sums" in made:
         channel_sum(x[:1], made["x_sums"], scratch(channel_sum_workspace_size(x[:1]), np.float64))
     if "dy_packed" in made:
-        packed = (made["dy_packed"], *map(made.get, ("borders", "x_sums", "x_packed")))
-        conv_output_gradient_packed(*given, made["dy_exponents"], x, *packed, **options)
+        packed = made["dy_exponents"], made["dy_packed"], made.get("borders")
+        of_x = (x, made.get("x_sums"), made["x_packed"]) if "x_packed" in made else ()
+        conv_output_gradient_packed(*given, *packed, *of_x, **options)
     if dy is not None:
         conv_output_gradient(*given, dy, **options)
 
 
 def weight_gradient(scratch, x, kept, made, dw, *, plan: conv_wgrad_mma_Plan) -> None:
-    """Writes dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`."""
+    """Writes dw, the gradient of w, from x and dy. scratch, kept, made: as for `output_gradient`, which comes first."""
     x_packed, x_exponents = made.get("x_packed", x), kept["unit_exponents"]
     if "x_packed" not in made:  # channels_last
         if x.dtype == np.float16:
@@ -1636,9 +1641,9 @@ def conv_output_gradient_packed(
     weight,
     sums,
     dy_exponents,
-    x,
     dy,
     borders=None,
+    x=None,
     x_sums=None,
     x_packed=None,
     *,
@@ -1648,18 +1653,18 @@ def conv_output_gradient_packed(
     """The same as packed fp16 tiles, for tensor cores: dy times 2^e, where e is the smallest of dy_exponents.
 
     dy_exponents: from `parameter_gradients`.
-    x, x_sums, x_packed: None, or the convolution's input and what `fp16_tiles.pack_fp16` takes, under the scale of
-        unit_exponents. It is packed by the same kernel, because dy alone does not keep the memory busy.
     dy: float16, of `packed_output_shape`, written.
     borders: None, or as in `gradient_arrays`, written: sums of dy times 2^e over the pixels that have no partner in x
         for a tap, for parts of the images, as `conv_wgrad_mma` takes them.
+    x, x_sums, x_packed: None, or the convolution's input and what `fp16_tiles.pack_fp16` takes, under the scale of
+        unit_exponents. The same launch packs it, because dy alone does not keep the memory busy.
     """
     images = g.shape[0]
     together = _images_together(images)
     sizes = dict(_backward_macros(plan, **tail))
     blocks = dy.shape[1] * ceil_div(together * windows_of(sizes), sizes["TILE"])
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
-    if x_packed is not None:
+    if x is not None:
         pixels = math.prod(x.shape[2:])
         sizes["X_WIDTH"] = access_width(x, pixels)
         blocks += x_packed.shape[1] * ceil_div(together * pixels, tile_pixels(sizes["SPLIT"], sizes["X_WIDTH"]))
@@ -1668,7 +1673,7 @@ def conv_output_gradient_packed(
         (ceil_div(images, together) * blocks, 1, 1),
         (THREADS, 1, 1),
         (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders)
-        + (None if x_packed is None else x, x_sums, x_packed, unit_exponents.size)
+        + (x, x_sums, x_packed, unit_exponents.size)
         + (_count(plan, images), images, together),
     )
 
@@ -1851,9 +1856,9 @@ def convolution_gradients(new, before, after, given, x, w, weight, memory, *, se
     general = (need_x and dgrad is None) or (need_w and wgrad is None)
     dy = new.scratch(output_shape(x_shape, w.shape, geometry), x.dtype) if general else None
     packed = not general and (need_x or need_w)
-    x_packed = packed and need_w and not setting.last
-    centred = x_packed and training and x.dtype == np.float32
-    arrays = gradient_arrays(plan, x.shape[0], packed, centred, x if x_packed else None)
+    packs_x = packed and need_w and not setting.last
+    centred = packs_x and training and x.dtype == np.float32
+    arrays = gradient_arrays(plan, x.shape[0], packed, x.shape if packs_x else None, centred)
     made = {**{name: new.scratch(*array) for name, array in arrays.items() if name not in given}, **given}
     before(plan, kept, made)
     how = {"plan": plan, "groups": groups, "training": training, "activation": activation}
@@ -5461,11 +5466,11 @@ def module(variant: Variant, device: int):
 
 @functools.cache
 def function(kernel: Kernel, device: int, shared_bytes: int):
-    """A compiled kernel on one device that may have this much shared memory."""
+    """A compiled kernel on one device that may have this much shared memory, as CuPy's."""
     found = module(kernel.variant, device).get_function(kernel.name)
     if shared_bytes + found.shared_size_bytes > 48 * 1024:
         found.max_dynamic_shared_size_bytes = shared_bytes
-    return found.kernel.ptr
+    return found
 
 
 class Backend:
@@ -5476,12 +5481,15 @@ class Backend:
 
     def handle(self, kernel: Kernel, shared_bytes: int) -> int:
         """The compiled kernel."""
-        return function(kernel, self.device, shared_bytes)
+        return function(kernel, self.device, shared_bytes).kernel.ptr
 
     def config(self, step: Step) -> Config | None:
         """The `Config` of a kernel that may start while the one before it ends; None for a plain launch."""
-        how = step.grid, step.block, step.shared_bytes, OVERLAPPING
-        return Config(*how) if step.overlapping and _overlaps(self.device) else None
+        if not step.overlapping or not overlaps():
+            return None
+        if function(step.kernel, self.device, step.shared_bytes).ptx_version < WAITING:
+            return None
+        return Config(step.grid, step.block, step.shared_bytes)
 
     def start(self, launches, stream: int) -> None:
         """Starts `Packed` launches in a stream."""

@@ -76,7 +76,7 @@ def operator(
     double, else float. One text with these serves float32, float64, float16 and bfloat16. `#include "common.cuh"`
     declares these types, INOUT, to_acc(v), from_acc<scalar_t>(v), warp_sum(v), warp_max(v), and block_sum(v, scratch)
     with `__shared__ acc_t scratch[32]`. A kernel whose first statement is wait_for_earlier_kernels(); may start while
-    the kernel before it ends, on GPUs of compute capability 9.0 and newer.
+    the kernel before it ends, on GPUs of compute capability 9.0 and newer with a driver of CUDA 12.3 or newer.
 
     text: CUDA C. Kernels are declared `extern "C" __global__ void name(...)`. Compilation happens at the first call.
     forward: name of the forward kernel, or several, which run in order. A later kernel can read what an earlier one

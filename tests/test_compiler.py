@@ -15,8 +15,9 @@ from threads import in_threads
 
 from cupy_kernels import backend, cache, compiler, nvrtc, source
 from cupy_kernels.errors import BackendError, KernelCompileError
-from cupy_kernels.launch import launch
+from cupy_kernels.launch import launch, recorded
 from cupy_kernels.parsing import definitions
+from cupy_kernels.plan import Slot
 from cupy_kernels.source import Kernel
 from modelnew.calls import run
 
@@ -331,18 +332,23 @@ def test_architecture_of_the_ptx(capability, known, expected):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_driver_compiles_ptx(monkeypatch):
-    """As on a GPU that NVRTC does not know."""
+    """As on a GPU that NVRTC does not know. Code for GPUs before 9.0 does not wait for the kernels before it."""
     capability = compiler.cupy().cuda.Device(torch.cuda.current_device()).compute_capability
     known = compiler.cupy().cuda.nvrtc.getSupportedArchs()
     assert nvrtc.ptx_architecture(capability, known) is None
     older = max(number for number in known if number < int(capability))
     monkeypatch.setattr(nvrtc, "ptx_architecture", lambda capability, known: f"compute_{older}")
     y, kernel = torch.zeros(3, device="cuda"), Kernel("add.cu", "add", (("ADDEND", 1),))
-    with source.override({"add.cu": ADD + "// as PTX"}):
+    waiting = ADD.replace("{", "{ wait_for_earlier_kernels();")
+    with source.override({"add.cu": waiting}), recorded() as steps:
+        launch(kernel, (1, 1, 1), (3, 1, 1), (Slot(0, (3,), "float32"),))
+    assert steps[0].overlapping
+    with source.override({"add.cu": waiting}):
         start(kernel, y)
-        found = compiler.backend.function(kernel)
+        found, config = compiler.backend.function(kernel), compiler.backend.config(steps[0])
     assert y.tolist() == [1] * 3
     assert (found.ptx_version, found.binary_version) == (older, int(capability))
+    assert (config is None) == (older < 90)
 
 
 def test_the_text_is_blamed_for_its_own_errors_alone(gpu):

@@ -22,6 +22,38 @@ def gradients(model, call, x):
 
 
 @on_gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_kernels_wait_for_other_streams(captured):
+    """A kernel that may start while the one before it ends comes behind two streams, of which the other is slower."""
+    slow, x = torch.rand(2048, 2048, device="cuda") / 1024, torch.randn(2, 16, 64, 64, device="cuda")
+    tanh, side, y = layers.Tanh(), torch.cuda.Stream(), torch.zeros_like(x)
+
+    def work():
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            product = slow
+            for _ in range(20):
+                product = product @ slow
+            y.copy_(x + product[0, 0])
+        first = tanh(x)
+        torch.cuda.current_stream().wait_stream(side)
+        return first, tanh(y), product
+
+    work()
+    y.zero_()
+    torch.cuda.synchronize()
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            first, second, product = work()
+        graph.replay()
+    else:
+        first, second, product = work()
+    torch.testing.assert_close(first, x.tanh())
+    torch.testing.assert_close(second, (x + product[0, 0]).tanh())
+
+
+@on_gpu
 @pytest.mark.parametrize("name", NETWORKS)
 def test_training(name):
     """Steps, bit for bit as without a graph; making the graph changes no buffer and no gradient."""

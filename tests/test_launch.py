@@ -147,13 +147,14 @@ Array.__module__ = "cupy"
 @pytest.fixture
 def stand_in(monkeypatch):
     """CuPy without a GPU, which notes what is compiled, and which arguments kernels are started with."""
-    gpu = SimpleNamespace(device=0, context=True, compiled=[], started=[])
+    gpu = SimpleNamespace(device=0, context=True, compiled=[], started=[], ptx_version=90)
 
     def function(kernel, shared_bytes):
         wanted = gpu.device, kernel.defines, shared_bytes
         if wanted not in gpu.compiled:
             gpu.compiled.append(wanted)
-        return SimpleNamespace(kernel=SimpleNamespace(ptr=71 + gpu.compiled.index(wanted)))
+        handle = SimpleNamespace(ptr=71 + gpu.compiled.index(wanted))
+        return SimpleNamespace(kernel=handle, ptx_version=gpu.ptx_version)
 
     def start(*numbers):
         *numbers, parameters, extra = numbers
@@ -265,8 +266,9 @@ extern "C" __global__ void plain(const float* x, float* y, int a, i64 n) {
 """
 
 
-def test_a_launch_has_the_attribute_that_its_kernel_asks_for(stand_in, monkeypatch):
-    begun = []
+def test_a_kernel_is_launched_as_it_asks(stand_in, monkeypatch):
+    """Overlapping only if the driver knows that, and if the kernel's code waits: what is compiled for 8.6 does not."""
+    begun, together = [], []
 
     def launch_with(address, handle, parameters, extra):
         config = driver.Config.from_address(address)
@@ -275,25 +277,26 @@ def test_a_launch_has_the_attribute_that_its_kernel_asks_for(stand_in, monkeypat
         begun.append((handle, *sizes, attribute.id, *attribute.value[:2]))
         return 0
 
+    compiler.cupy().cuda.driver.launchCooperativeKernel = lambda *numbers: together.append(numbers[:-1])
     monkeypatch.setattr(compiler, "launch_with", lambda: launch_with)
     with source.override({"kinds.cu": KINDS}):
-        for overlaps in (True, False):
-            monkeypatch.setattr(compiler, "_overlaps", lambda device, overlaps=overlaps: overlaps)
+        for overlaps, stand_in.ptx_version in ((True, 90), (True, 86), (False, 90)):
+            monkeypatch.setattr(compiler, "overlaps", lambda overlaps=overlaps: overlaps)
             for name in ("together", "early", "late", "plain"):
                 launch(Kernel("kinds.cu", name), (5, 1, 1), (32, 1, 1), (None, gpu_array(0), -1, 6))
-    launched = 71, 5, 1, 1, 32, 1, 1, 0, 99, 1
-    assert begun == [(*launched, 2, 1, 0), (*launched, 6, 1, 0), (*launched, 2, 1, 0)]
-    assert len(stand_in.started) == 2 + 3
+    launched = 71, 5, 1, 1, 32, 1, 1, 0, 99
+    assert begun == [(*launched, 1, 6, 1, 0)]
+    assert together == [launched] * 3
+    assert len(stand_in.started) == 2 + 3 + 3
 
 
-def test_a_launch_with_an_attribute_goes_to_the_stream_of_its_start(monkeypatch):
+def test_an_overlapping_launch_goes_to_the_stream_of_its_start(monkeypatch):
     streams = []
     begin = lambda address, *_: streams.append(driver.Config.from_address(address).stream) or 0  # noqa: E731
     monkeypatch.setattr(compiler, "launch_with", lambda: begin)
     context = SimpleNamespace(ctxGetCurrent=lambda: 1, launchKernel=None, CUDADriverError=RuntimeError)
     monkeypatch.setattr(compiler, "cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(driver=context)))
-    config = driver.Config((1, 1, 1), (32, 1, 1), 0, driver.OVERLAPPING)
-    packed = SimpleNamespace(config=config, numbers=(71,), parameters=0, step=None)
+    packed = SimpleNamespace(config=driver.Config((1, 1, 1), (32, 1, 1), 0), numbers=(71,), parameters=0, step=None)
     for stream in (99, 7, 7, 0):
         compiler.Gpu().start([packed], stream)
     assert streams == [99, 7, 7, 0]

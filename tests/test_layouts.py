@@ -79,7 +79,7 @@ WRONG = {
     ("gather_gemm_wgrad.cu", 0): GEMM,
     ("gather_gemm_wgrad.cu", 1): GEMM,
     ("gather_gemm_pack.cu", None): PACKING,
-    ("fp16_tiles.cu", None): {**PACKING, "TILE_PIXELS": lambda m: m["TILE_PIXELS"] // 2, "THREADS": lambda m: 320},
+    ("fp16_tiles.cu", None): PACKING,
     ("pooled_tail.cu", 0): {**PLANES, "PARTS": lambda m: m["PARTS"] - 1},
     ("pooled_tail.cu", 1): PLANES,
     ("pooled_tail_backward.cu", 0): {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cupy_kernels import compiler, emulator
-from cupy_kernels.driver import OVERLAPPING, Config
+from cupy_kernels.driver import Config
 from modelnew import ModelNew, calls, layers
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_plans")
@@ -124,8 +124,8 @@ def test_what_cuda_says_of_a_launch_is_passed_on_with_the_kernel(monkeypatch):
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(driver=driver))
     monkeypatch.setattr(compiler, "cupy", lambda: cupy)
     monkeypatch.setattr(compiler, "launch_with", lambda: lambda *_: 700)
-    step = types.SimpleNamespace(kernel="tanh_forward")
-    config = Config((1, 1, 1), (32, 1, 1), 0, OVERLAPPING)
+    step = types.SimpleNamespace(kernel="tanh_forward", cooperative=False)
+    config = Config((1, 1, 1), (32, 1, 1), 0)
     for how, text in ((None, "CUDA_ERROR_ILLEGAL_ADDRESS"), (config, "700")):
         packed = types.SimpleNamespace(numbers=(71,), parameters=0, step=step, config=how)
         with pytest.raises(RuntimeError, match=rf"tanh_forward: {text}.*CUDA_LAUNCH_BLOCKING"):

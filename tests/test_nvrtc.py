@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -100,6 +101,21 @@ def check_memory(jobs):
                 assert used.spill_bytes <= allowed, f"{name} of {job[0]} for {job[1]}: {used}"
                 stack = used.stack_bytes if not used.spill_bytes else 0
                 assert stack <= STACKS.get(name, 0), f"{name} of {job[0]} for {job[1]}: {used}"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("file", sorted({v.file for v in variants()}))
+def test_kernels_wait_before_they_use_memory(file):
+    """The compiler could move a load, and the wait for earlier kernels is the first statement only in the text."""
+    variant = next(v for v in variants() if v.file == file and not goes_with_wgmma(v))
+    kernels = source.kernel_names(file)
+    _, *bodies = nvrtc.compile_ptx(variant, "compute_90").split(".entry ")
+    assert len(bodies) == len(kernels)
+    for name, body in zip(kernels, sorted(bodies, key=lambda b: kernels.index(b[: b.index("(")]))):
+        before, wait, _ = body.partition("griddepcontrol.wait")
+        if not source.cooperative(variant.kernel(name)):
+            assert wait, name
+            assert not re.search(r"\b(ld|st|red|atom|cp)\.(?!param)", before), name
 
 
 @needs_nvrtc

@@ -195,7 +195,7 @@ class Tail:
             borders, tiles = made.get("borders"), None
             if x is not None:
                 tiles = torch.empty(fp16_tiles.packed_shape(x.shape, self.split), dtype=torch.float16, device=x.device)
-            given += made["dy_exponents"], x, dy, borders, x_sums, tiles
+            given += made["dy_exponents"], dy, borders, x, x_sums, tiles
             run(back.conv_output_gradient_packed, *given, **options)
             self.x_packed = tiles
             self.packed, dy = dy, self.unpack(dy, made["dy_exponents"])
@@ -280,7 +280,7 @@ def test_borders(device, split, shape, shares, conv):
 # Channels of the output and of x: fewer and more blocks pack x than compute dy. The last image of a share is missing.
 @pytest.mark.parametrize("centred", [True, False], ids=["centred", "as_it_is"])
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("size", [(9, 8), (5, 7)], ids=str)
+@pytest.mark.parametrize("size", [(9, 8), (5, 7), (4, 7)], ids=str)
 @pytest.mark.parametrize("channels", [(80, 16), (16, 272)], ids=str)
 def test_packs_x_as_pack_fp16_does(device, channels, size, split, centred):
     tail = Tail((channels[0], 8, 19, *size), split, device, kernel=(2, 1), inputs=channels[1])

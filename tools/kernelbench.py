@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from cupy_kernels.compiler import _overlaps
-from cupy_kernels.driver import OVERLAPPING, Config, launch_with
+from cupy_kernels.compiler import WAITING
+from cupy_kernels.driver import Config, launch_with, overlaps
 from cupy_kernels.launch import NULL, Batch, Step
 from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels, ptx_architecture
 from cupy_kernels.plan import ALIGNMENT, Slot
@@ -82,11 +82,11 @@ def module(variant: Variant, device: int):
 
 @functools.cache
 def function(kernel: Kernel, device: int, shared_bytes: int):
-    """A compiled kernel on one device that may have this much shared memory."""
+    """A compiled kernel on one device that may have this much shared memory, as CuPy's."""
     found = module(kernel.variant, device).get_function(kernel.name)
     if shared_bytes + found.shared_size_bytes > 48 * 1024:
         found.max_dynamic_shared_size_bytes = shared_bytes
-    return found.kernel.ptr
+    return found
 
 
 class Backend:
@@ -97,12 +97,15 @@ class Backend:
 
     def handle(self, kernel: Kernel, shared_bytes: int) -> int:
         """The compiled kernel."""
-        return function(kernel, self.device, shared_bytes)
+        return function(kernel, self.device, shared_bytes).kernel.ptr
 
     def config(self, step: Step) -> Config | None:
         """The `Config` of a kernel that may start while the one before it ends; None for a plain launch."""
-        how = step.grid, step.block, step.shared_bytes, OVERLAPPING
-        return Config(*how) if step.overlapping and _overlaps(self.device) else None
+        if not step.overlapping or not overlaps():
+            return None
+        if function(step.kernel, self.device, step.shared_bytes).ptx_version < WAITING:
+            return None
+        return Config(step.grid, step.block, step.shared_bytes)
 
     def start(self, launches, stream: int) -> None:
         """Starts `Packed` launches in a stream."""

@@ -172,9 +172,9 @@ __device__ inline void grid_barrier() {
 }
 #endif
 
-// The first statement of a kernel, before it reads or writes global memory: waits for the kernels before it in its
-// stream, and sees what they did. Such a kernel's blocks may start as soon as those of the kernel before it have ended
-// (programmatic dependent launch, compute capability 9.0 and newer), which saves a microsecond for each kernel.
+// Waits for the kernels before this one in its stream, and sees what they did. It must be the first statement of a
+// kernel: by this text (source.overlapping) the host knows that the kernel's blocks may start as soon as those of the
+// kernel before it have ended (programmatic dependent launch, compute capability 9.0 and newer).
 __device__ inline void wait_for_earlier_kernels() {
 #if !defined(CUPY_KERNELS_EMULATOR) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -175,7 +175,7 @@ struct PoolEpilogue {
         seen += (int)count;
     }
 
-    // The values of the windows t to t + 3, to the plane at `row`. With at / 4 more would go to local memory.
+    // The values of the windows t to t + 3, to the plane at `row`.
     template <bool FULL> __device__ __forceinline__ void store(
         const Place& place, i64 row, int t, const Packed<pooled_t, 4>& best, u8 taps, const Packed<saved_t, 16>& all) {
         if constexpr (WGMMA) {
@@ -183,7 +183,7 @@ struct PoolEpilogue {
             if (t >= place.tiles || sixteen >= min((place.unit + 1) * UNIT_STRIDE, PLANE_STRIDE)) return;
             i64 at = row + sixteen + threadIdx.x % 4 * TOGETHER_POOLED;
             store_at_once(pooled + at, best);
-            if (SAVE) argmax[(row >> 2) + (at - row >> 2)] = taps;
+            if (SAVE) argmax[(row >> 2) + (at - row >> 2)] = taps;  // with at / 4 more would go to local memory
             enum { TOGETHER = together_saved<saved_t>() };
             #pragma unroll
             for (int j = 0; SAVE && j < 4; j += TOGETHER) {

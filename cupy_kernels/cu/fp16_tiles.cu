@@ -8,7 +8,7 @@
 // pack_fp16: a block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH
 // pixels, and writes whole lines after a turn through shared memory. Channels past the last one are zero. sums: null,
 // or of each channel over one image (fp16_tiles.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), those of
-// fp16_tiles.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH
+// fp16_tiles.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, BATCH
 // (accesses under way in a thread of largest_magnitude). Limits: channels a multiple of 8, N * pixels below 2^31.
 #include "common.cuh"
 #include "pack_tile.cuh"

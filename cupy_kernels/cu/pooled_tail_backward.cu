@@ -26,7 +26,7 @@
 #include "gradient_bound.cuh"
 #include "pack_tile.cuh"
 
-// Blocks of conv_output_gradient_packed an SM, at least. More registers are needed where a chunk lacks channels.
+// The least blocks of conv_output_gradient_packed an SM. More registers are needed where a chunk lacks channels.
 #define PACKING_BLOCKS (OUT_CHANNELS % CHUNK_CHANNELS ? 1 : SPLIT == 1 ? 4 : 3)
 
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum

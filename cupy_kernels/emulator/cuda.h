@@ -18,7 +18,6 @@ extern "C" void* memset(void*, int, size_t);
 #define __global__ __attribute__((noinline))  // a copy of a loop that does nothing would have no line
 #define __device__
 #define __host__
-#define __constant__
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
 #define __grid_constant__
@@ -33,12 +32,15 @@ extern "C" void* memset(void*, int, size_t);
 #endif
 #define __align__(n) __attribute__((aligned(n)))
 #define __builtin_align__(n) __align__(n)
+// Compilers refuse one section for all variables of a kind, for instance for const ones and others: see elf.py.
+#define EMULATOR_NUMBERED(kind, number) kind(number)
+#define EMULATOR_CONSTANT(number) __attribute__((section("cu_constant" #number)))
+#define __constant__ EMULATOR_NUMBERED(EMULATOR_CONSTANT, __COUNTER__)
 #ifdef __clang__
 #define __shared__ static __attribute__((section("cu_shared"), aligned(16), used))  // used: clang would shrink it
-#else  // g++ refuses one section for variables of inline functions and others, and forgets a template's: see elf.py
+#else  // g++ forgets a template's section
 #define EMULATOR_SHARED(number) static __attribute__((section("cu_shared" #number), retain, aligned(16), used))
-#define EMULATOR_NUMBERED(number) EMULATOR_SHARED(number)
-#define __shared__ EMULATOR_NUMBERED(__COUNTER__)
+#define __shared__ EMULATOR_NUMBERED(EMULATOR_SHARED, __COUNTER__)
 #endif
 
 // clang checks the alignment of what a constructor copies, and not of what is copied as a whole.

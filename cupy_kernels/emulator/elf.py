@@ -4,11 +4,12 @@ import re
 import struct
 from typing import NamedTuple
 
-SHARED = "cu_shared"  # the section of __shared__ variables
+SHARED, CONSTANT = "cu_shared", "cu_constant"  # the sections of __shared__ and __constant__ variables
 GAP = 256  # bytes between variables that belong to none; the most that one is aligned to
 _SHARED_BY_GCC = re.compile(rf'^\s+\.section\s+(?:{SHARED}\d+,|\S+,"aw\w*R").*', re.MULTILINE)  # R: retain of cuda.h
-_OF_SHARED = f'\t.section {SHARED},"aw",@progbits'
-_SECTIONS = (SHARED, ".data", ".bss", ".rodata")
+_NUMBERED_CONSTANT = re.compile(rf"^\s+\.section\s+{CONSTANT}\d+,.*", re.MULTILINE)
+_OF_SHARED, _OF_CONSTANT = (f'\t.section {name},"aw",@progbits' for name in (SHARED, CONSTANT))
+_SECTIONS = (SHARED, CONSTANT, ".data", ".bss", ".rodata")
 
 
 class Variable(NamedTuple):
@@ -23,7 +24,7 @@ class Variable(NamedTuple):
 
 def with_gaps(assembly: str) -> str:
     """The assembly with GAP bytes before each variable and behind the last __shared__ one, and these in one section."""
-    assembly = _SHARED_BY_GCC.sub(_OF_SHARED, assembly)
+    assembly = _NUMBERED_CONSTANT.sub(_OF_CONSTANT, _SHARED_BY_GCC.sub(_OF_SHARED, assembly))
     section, found, at, gap = "", [], 0, f"\t.zero {GAP}\n"
     for match in re.finditer(r"^(?:\s+\.(?:section\s+([^\s,]+)|(text|data|bss)\b)|[\w.$]+:)", assembly, re.MULTILINE):
         if not match[0].endswith(":"):
@@ -49,7 +50,7 @@ def variables(elf: bytes) -> list[Variable]:
         where, symbol = names[index] if index < len(names) else "", _text(texts, name)
         is_object = info & 15 == 1 and size and symbol != "completed.0"  # one of the linker's
         if is_object and where in _SECTIONS:
-            found.append(Variable(demangled(symbol), address, size, where == SHARED, where == ".rodata"))
+            found.append(Variable(demangled(symbol), address, size, where == SHARED, where in (CONSTANT, ".rodata")))
     return found
 
 

@@ -82,9 +82,9 @@ def convolution_gradients(new, before, after, given, x, w, weight, memory, *, se
     general = (need_x and dgrad is None) or (need_w and wgrad is None)
     dy = new.scratch(output_shape(x_shape, w.shape, geometry), x.dtype) if general else None
     packed = not general and (need_x or need_w)
-    x_packed = packed and need_w and not setting.last
-    centred = x_packed and training and x.dtype == np.float32
-    arrays = back.gradient_arrays(plan, x.shape[0], packed, centred, x if x_packed else None)
+    packs_x = packed and need_w and not setting.last
+    centred = packs_x and training and x.dtype == np.float32
+    arrays = back.gradient_arrays(plan, x.shape[0], packed, x.shape if packs_x else None, centred)
     made = {**{name: new.scratch(*array) for name, array in arrays.items() if name not in given}, **given}
     before(plan, kept, made)
     how = {"plan": plan, "groups": groups, "training": training, "activation": activation}

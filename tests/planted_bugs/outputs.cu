@@ -47,3 +47,13 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     int i = @blockIdx.x * blockDim.x + threadIdx.x@blockIdx.x + blockDim.x * threadIdx.x@;
     if (i < n) y[i] = x[i];
 }
+
+//// constant memory that a kernel writes
+// error: thread \d+ writes table\[1\], which is const
+// x: 256, y: 256, grid: 1
+__constant__ float table[2] = {1, 2};
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    float factor = table[1];
+    @factor@table[1]@ += 1;
+    y[threadIdx.x] = x[threadIdx.x] * factor;
+}
