@@ -35,7 +35,7 @@ def of_header(name: str) -> str:
 def of_message(message: str) -> str:
     """What replaces the names that a compiler's message quotes; "" for names that are not known here."""
     if re.search(r"ambiguous|more than one instance of overloaded function", message):
-        return "a call is ambiguous where its arguments have two types: write max(x, 0.0f) for max(x, 0)"
+        return "a call is ambiguous: write 0.0f for 0 in max(x, 0) of a float x, and in from_acc<scalar_t>(0)"
     if re.search("Unresolved extern function '_Z[45]powi", message):
         return "NVRTC 11.8 has no pow with an int as exponent: write pow(x, 2.0f) or x * x"
     if re.search("execution space annotations|annotation on lambda|lambda closure class", message):

@@ -11,7 +11,7 @@ from .numerics import check_numerics
 
 _OURS = {getattr(nn, name): getattr(layers, name) for name in layers.__all__} | {nn.Sequential: Sequential}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
-_NOTHING = f"nothing\nlayers of PyTorch's that can be replaced: {', '.join(layers.__all__)}"
+_NOTHING = f"nothing\nkinds of layers that can be replaced: {', '.join(layers.__all__)}"
 
 
 class Replaced(NamedTuple):

@@ -88,7 +88,7 @@ def test_a_launch_that_fails_names_the_line_of_the_user(statement, message):
         ('asm("membar.gl;"); y[i] = 1;', "asm: the emulator has no PTX"),
         ("half h;", "half: half_t and bf16_t of common.cuh"),
         ("y[i] = std::max(x[i], x[i]);", "std: functions such as max, .* without std::"),
-        ("y[i] = max(to_acc(x[i]), 0);", "a call is ambiguous where its arguments have two types"),
+        ("y[i] = max(to_acc(x[i]), 0);", "a call is ambiguous: write 0.0f"),
         ("y[i] = __shfl_xor(x[i], 1);", "__shfl_xor: those of today have a mask"),
         ("y[i] = from_acc<int>(to_acc(x[i]));", r"'from_acc' is declared.*\nfrom_acc: from_acc<T> gives float, double"),
         ("float* p = new float[4];", "'new' is not there in kernels"),

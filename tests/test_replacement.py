@@ -122,7 +122,7 @@ def test_what_is_replaced_and_what_is_kept(network):
     )
     again = modelnew.replace_layers(network)
     assert not again.layers
-    assert str(again).startswith("replaced: nothing\nlayers of PyTorch's that can be replaced: BatchNorm1d, ")
+    assert str(again).startswith("replaced: nothing\nkinds of layers that can be replaced: BatchNorm1d, ")
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
