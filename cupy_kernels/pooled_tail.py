@@ -122,8 +122,8 @@ def variants():
             sample["AS_IT_IS"] = int(wgmma and last and dtype == "half_t")
             unit = 8 * pitch if wgmma else 64
             units, stride = ceil_div(pitch**2, unit), ceil_div(unit, 16) * 16
-            last = ceil_div(pitch**2 - (units - 1) * unit, 16) * 16
-            planes = conv_wgmma.planes(wgmma, pitch, units, unit, stride, (units - 1) * stride + last)
+            rest = ceil_div(pitch**2 - (units - 1) * unit, 16) * 16
+            planes = conv_wgmma.planes(wgmma, pitch, units, unit, stride, (units - 1) * stride + rest)
             for activation in activations():
                 tail = tail_defines(sample, groups, activation, planes.items(), 26)
                 if (dtype, split) != ("float", 2):
