@@ -5,14 +5,12 @@ import hashlib
 import threading
 from pathlib import Path
 
-from . import cache, nvrtc
+from . import cache, driver, nvrtc
 from .backend import Backend, Room
-from .driver import Config, launch_with, overlaps
 from .errors import BackendError
 from .source import Kernel, unit
 
 DEFAULT_SHARED_BYTES = 48 * 1024
-WAITING = 90  # what a kernel is compiled for, at least, if wait_for_earlier_kernels() of common.cuh is to do something
 
 
 @functools.cache
@@ -69,12 +67,7 @@ class Gpu(Backend):
         return self.function(kernel, shared_bytes).kernel.ptr
 
     def config(self, step):
-        """The `Config` of a launch that may start while the kernel before it ends; None for others."""
-        if not step.overlapping or not overlaps():
-            return None
-        if self.function(step.kernel, step.shared_bytes).ptx_version < WAITING:
-            return None
-        return Config(step.grid, step.block, step.shared_bytes)
+        return driver.config(step, self.function(step.kernel, step.shared_bytes))
 
     def start(self, launches, stream):
         cuda = cupy().cuda
@@ -83,11 +76,8 @@ class Gpu(Backend):
         start, packed = cuda.driver.launchKernel, None
         try:
             for packed in launches:
-                config = packed.config
-                if config is not None:
-                    if config.stream != stream:
-                        config.stream = stream
-                    error = launch_with()(config.address, packed.numbers[0], packed.parameters, None)
+                if packed.config is not None:
+                    error = packed.config.start(packed.numbers[0], packed.parameters, stream)
                     if error:
                         raise cuda.driver.CUDADriverError(error)
                 elif packed.step.cooperative:

@@ -5,6 +5,7 @@ import functools
 
 _OVERLAPPING = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _LEAST_VERSION = 12030  # CUDA 12.3, from which on CUDA graphs can have such launches
+_WAITING = 90  # what a kernel is compiled for, at least, if wait_for_earlier_kernels() of common.cuh is to do something
 
 
 class _Attribute(ctypes.Structure):
@@ -14,7 +15,7 @@ class _Attribute(ctypes.Structure):
 
 
 class Config(ctypes.Structure):
-    """CUlaunchConfig of a launch that may start while the kernel before it ends. `stream` is set before each start."""
+    """CUlaunchConfig of a launch that may start while the kernel before it ends."""
 
     _fields_ = [
         ("grid", ctypes.c_uint * 3),
@@ -28,7 +29,22 @@ class Config(ctypes.Structure):
     def __init__(self, grid, block, shared_bytes: int):
         overlapping = ctypes.pointer(_Attribute(_OVERLAPPING, 0, (1,)))
         super().__init__(tuple(grid), tuple(block), shared_bytes, 0, overlapping, 1)
-        self.address = ctypes.addressof(self)
+        self._address, self._launch = ctypes.addressof(self), launcher()
+
+    def start(self, kernel: int, arguments: int, stream: int) -> int:
+        """Starts the kernel of this handle in a stream. Returns an error number, or 0.
+
+        arguments: the address of an array of the addresses of the arguments' values.
+        """
+        if self.stream != stream:
+            self.stream = stream
+        return self._launch(self._address, kernel, arguments, None)
+
+
+def config(step, function) -> Config | None:
+    """The `Config` of a `launch.Step`, if it may start while the kernel before it ends. function: CuPy's, compiled."""
+    overlapping = step.overlapping and overlaps() and function.ptx_version >= _WAITING
+    return Config(step.grid, step.block, step.shared_bytes) if overlapping else None
 
 
 @functools.cache
@@ -39,7 +55,7 @@ def overlaps() -> bool:
 
 
 @functools.cache
-def launch_with():
+def launcher():
     """cuLaunchKernelEx(address of a Config, kernel, address of its arguments, None), which returns an error number."""
     function = _driver().cuLaunchKernelEx
     function.argtypes = [ctypes.c_void_p] * 4

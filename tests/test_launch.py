@@ -270,7 +270,7 @@ def test_a_kernel_is_launched_as_it_asks(stand_in, monkeypatch):
     """Overlapping only if the driver knows that, and if the kernel's code waits: what is compiled for 8.6 does not."""
     begun, together = [], []
 
-    def launch_with(address, handle, parameters, extra):
+    def begin(address, handle, parameters, extra):
         config = driver.Config.from_address(address)
         attribute = config.attributes[0]
         sizes = (*config.grid, *config.block, config.shared_bytes, config.stream, config.count)
@@ -278,10 +278,10 @@ def test_a_kernel_is_launched_as_it_asks(stand_in, monkeypatch):
         return 0
 
     compiler.cupy().cuda.driver.launchCooperativeKernel = lambda *numbers: together.append(numbers[:-1])
-    monkeypatch.setattr(compiler, "launch_with", lambda: launch_with)
+    monkeypatch.setattr(driver, "launcher", lambda: begin)
     with source.override({"kinds.cu": KINDS}):
         for overlaps, stand_in.ptx_version in ((True, 90), (True, 86), (False, 90)):
-            monkeypatch.setattr(compiler, "overlaps", lambda overlaps=overlaps: overlaps)
+            monkeypatch.setattr(driver, "overlaps", lambda overlaps=overlaps: overlaps)
             for name in ("together", "early", "late", "plain"):
                 launch(Kernel("kinds.cu", name), (5, 1, 1), (32, 1, 1), (None, gpu_array(0), -1, 6))
     launched = 71, 5, 1, 1, 32, 1, 1, 0, 99
@@ -293,7 +293,7 @@ def test_a_kernel_is_launched_as_it_asks(stand_in, monkeypatch):
 def test_an_overlapping_launch_goes_to_the_stream_of_its_start(monkeypatch):
     streams = []
     begin = lambda address, *_: streams.append(driver.Config.from_address(address).stream) or 0  # noqa: E731
-    monkeypatch.setattr(compiler, "launch_with", lambda: begin)
+    monkeypatch.setattr(driver, "launcher", lambda: begin)
     context = SimpleNamespace(ctxGetCurrent=lambda: 1, launchKernel=None, CUDADriverError=RuntimeError)
     monkeypatch.setattr(compiler, "cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(driver=context)))
     packed = SimpleNamespace(config=driver.Config((1, 1, 1), (32, 1, 1), 0), numbers=(71,), parameters=0, step=None)

@@ -123,7 +123,7 @@ def test_what_cuda_says_of_a_launch_is_passed_on_with_the_kernel(monkeypatch):
     driver = types.SimpleNamespace(launchKernel=refuse, CUDADriverError=CUDADriverError, ctxGetCurrent=lambda: 1)
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(driver=driver))
     monkeypatch.setattr(compiler, "cupy", lambda: cupy)
-    monkeypatch.setattr(compiler, "launch_with", lambda: lambda *_: 700)
+    monkeypatch.setattr("cupy_kernels.driver.launcher", lambda: lambda *_: 700)
     step = types.SimpleNamespace(kernel="tanh_forward", cooperative=False)
     config = Config((1, 1, 1), (32, 1, 1), 0)
     for how, text in ((None, "CUDA_ERROR_ILLEGAL_ADDRESS"), (config, "700")):

@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from cupy_kernels.compiler import WAITING
-from cupy_kernels.driver import Config, launch_with, overlaps
+from cupy_kernels import driver
 from cupy_kernels.launch import NULL, Batch, Step
 from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels, ptx_architecture
 from cupy_kernels.plan import ALIGNMENT, Slot
@@ -99,23 +98,17 @@ class Backend:
         """The compiled kernel."""
         return function(kernel, self.device, shared_bytes).kernel.ptr
 
-    def config(self, step: Step) -> Config | None:
-        """The `Config` of a kernel that may start while the one before it ends; None for a plain launch."""
-        if not step.overlapping or not overlaps():
-            return None
-        if function(step.kernel, self.device, step.shared_bytes).ptx_version < WAITING:
-            return None
-        return Config(step.grid, step.block, step.shared_bytes)
+    def config(self, step: Step):
+        """What starts a kernel that may start while the one before it ends; None for a plain launch."""
+        return driver.config(step, function(step.kernel, self.device, step.shared_bytes))
 
     def start(self, launches, stream: int) -> None:
         """Starts `Packed` launches in a stream."""
         for packed in launches:
-            config = packed.config
-            if config is None:
+            if packed.config is None:
                 self.launch(*packed.numbers, stream, packed.parameters, 0)
                 continue
-            config.stream = stream
-            error = launch_with()(config.address, packed.numbers[0], packed.parameters, None)
+            error = packed.config.start(packed.numbers[0], packed.parameters, stream)
             if error:
                 raise cupy().cuda.driver.CUDADriverError(error)
 
