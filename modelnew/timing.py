@@ -24,6 +24,7 @@ _LONG_MS = 20  # a launch in the emulator that takes longer is timed once, other
 _EMULATED_TRIALS = 3
 _TRIALS, _FEWEST_TRIALS = 20, 5
 _REASON_LENGTH = 200
+_FREEING_SECONDS = 1e-3
 
 
 class Times(NamedTuple):
@@ -83,6 +84,13 @@ class Clock:
         if self.gpu:
             torch.cuda.synchronize()
 
+    def settled(self) -> int:
+        """Lets autograd's thread free what earlier calls used. Returns the bytes of tensors on the GPU; 0 on the CPU."""
+        if not self.gpu:
+            return 0
+        time.sleep(_FREEING_SECONDS)  # without the GIL, for which that thread waits
+        return torch.cuda.memory_allocated()
+
     def read(self, pending: list[Callable[[], float]]) -> Times:
         """Times of the results of `time`."""
         self.synchronize()
@@ -117,14 +125,15 @@ class Contender:
                 return
             self.call = self.build()
             gc.collect()  # what goes during the calls would count as room
-            before = torch.cuda.memory_allocated() if clock.gpu else 0
+            before = clock.settled()
             self.call()
+            clock.settled()
             if clock.gpu:
                 # Only now: compiling and tuning may take memory of their own. The next call records a CUDA graph.
                 torch.cuda.reset_peak_memory_stats()
             for _ in range(clock.warmup - 1):
                 self.call()
-            clock.synchronize()
+                clock.settled()
             if clock.gpu:
                 self.peak_mb = round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
             self.calls = clock.calls(self.call)

@@ -94,6 +94,20 @@ def test_events_time_one_call(monkeypatch):
     assert log == ["flush"] * timing._FLUSHES + ["event", "call", "event"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_peak_memory_is_of_one_call():
+    """The thread of autograd may hold a call's memory until the next call, or the next contender, has begun."""
+    x = torch.randn(1 << 22, device="cuda", requires_grad=True)
+
+    def step():
+        return torch.autograd.grad(x.sin().exp(), x, x)
+
+    entrants = [Contender("eager", "nchw", lambda: step) for _ in range(30)]
+    measure_together(entrants, Clock(x.device), 2, lambda e: None, lambda text: None)
+    assert len({entrant.peak_mb for entrant in entrants}) == 1
+
+
 def test_measure():
     calls = []
     times = timing.measure(lambda: calls.append(1), CPU, trials=4)
