@@ -19,7 +19,8 @@ class Rows(list):
         fields = [name for name in self[0]._fields if name not in self.hidden] if self else []
         for name in fields:
             numeric = all(isinstance(getattr(row, name), (int, float, type(None))) for row in self)
-            table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+            how = {"justify": "right" if numeric else "left", "overflow": "fold", "no_wrap": name == "name"}
+            table.add_column(name.replace("_", " "), **how)
         for row in self:
             table.add_row(*(_cell(getattr(row, name)) for name in fields))
         return table

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import itertools
+import math
 import struct
 import sys
 import threading
@@ -230,14 +231,14 @@ def observed(observer):
 
 
 def _check_limits(kernel, grid, block):
-    if grid[0] > GRID_LIMITS[0] or grid[1] > GRID_LIMITS[1] or grid[2] > GRID_LIMITS[2]:
-        raise ValueError(f"{kernel}: grid {tuple(grid)} exceeds CUDA's limits {GRID_LIMITS}")
-    if not 0 < block[0] * block[1] * block[2] <= MAX_THREADS or block[2] > BLOCK_LIMITS[2]:
+    if not all(0 < n <= limit for n, limit in zip(grid, GRID_LIMITS)):
+        raise ValueError(f"{kernel}: grid {tuple(grid)} is not within CUDA's limits, 1 to {GRID_LIMITS}")
+    if not all(0 < n <= limit for n, limit in zip(block, BLOCK_LIMITS)) or math.prod(block) > MAX_THREADS:
         raise ValueError(
-            f"{kernel}: block {tuple(block)} exceeds CUDA's limits {BLOCK_LIMITS} and {MAX_THREADS} threads in all"
+            f"{kernel}: block {tuple(block)} is not within CUDA's limits, 1 to {BLOCK_LIMITS}, {MAX_THREADS} threads"
         )
     bound = source.launch_bound(kernel)
-    if bound and block[0] * block[1] * block[2] > bound:
+    if bound and math.prod(block) > bound:
         raise ValueError(f"{kernel}: block {tuple(block)} has more threads than its __launch_bounds__({bound})")
 
 

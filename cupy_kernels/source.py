@@ -1,6 +1,7 @@
 """Kernel sources: text of .cu files with includes expanded, signatures of kernels, and a digest of all sources."""
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import re
@@ -233,10 +234,16 @@ def text(file: str, kernels: Iterable[str] | None = None) -> str:
     return found
 
 
+def meant(name: str, known: Iterable[str]) -> str:
+    """A sentence for an error, with the known names that are similar to an unknown one; empty if there are none."""
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    return f"did you mean {', '.join(close)}? " if close else ""
+
+
 def packaged(file: str) -> str:
     """Text of a packaged file, without overrides. Raises ValueError if there is no such file."""
     if file not in names():
-        raise ValueError(f"no kernel source {file!r}; there are {', '.join(names())}")
+        raise ValueError(f"no kernel source {file!r}; {meant(file, names())}cupy_kernels.source.names() lists all")
     return (_FOLDER / file).read_text(encoding="utf-8")
 
 

@@ -4,7 +4,6 @@ A name is a kernel's ("tanh_forward") or a file's ("tanh.cu", "tanh.cuh"; "tanh"
 """
 
 import contextlib
-import difflib
 import re
 import warnings
 from typing import NamedTuple
@@ -145,8 +144,7 @@ def locate(name: str) -> tuple[str, str | None]:
     for file in (name, f"{name}.cu"):
         if file in files:
             return file, None
-    close = difflib.get_close_matches(name, [*known, *files], n=4, cutoff=0.5)
-    hint = f"did you mean {', '.join(close)}? " if close else ""
+    hint = source.meant(name, [*known, *files])
     raise ValueError(f"no kernel and no file is called {name!r}; {hint}cupy_kernels.kernels() lists all")
 
 

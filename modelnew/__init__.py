@@ -3,6 +3,8 @@
 In IPython, `%load_ext modelnew` loads the magics `%%cu`, `%cu_text` and `%cu_reset`.
 """
 
+__version__ = "0.1.0"
+
 from .distributed import convert_sync_batchnorm
 from .explanation import explain
 from .fusions import Sequential

@@ -14,7 +14,7 @@ from cupy_kernels import emulator
 from cupy_kernels.backend import on_compile
 from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 
-from . import Model, ModelNew, commands, environment, get_init_inputs, get_inputs
+from . import Model, ModelNew, __version__, commands, environment, get_init_inputs, get_inputs
 from . import __all__ as in_python
 from .bench import bench_command
 from .fuzz import fuzz_command
@@ -71,6 +71,7 @@ progress = Console(stderr=True)
 @commands.device_option()
 @click.option("--times/--no-times", default=True, show_default=True, help="Time both models (on a GPU only).")
 @commands.trials_option(20)
+@click.version_option(__version__, prog_name="modelnew")
 @click.pass_context
 def parity_command(context, batch, seed, replace, numerics, device, times, trials):
     """Compare ModelNew, on our kernels, with Model, on PyTorch's.

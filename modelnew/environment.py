@@ -12,13 +12,13 @@ import torch
 from cupy_kernels import compiler, emulator, nvrtc, source
 from cupy_kernels.errors import BackendError
 
-from . import installation
+from . import __version__, installation
 
 
 def describe() -> dict:
     """Everything that `python -m modelnew env` prints, as values for JSON."""
     return {
-        "modelnew": _installed("modelnew"),  # None in a clone that is not installed
+        "modelnew": __version__,
         "versions": versions(),
         "gpus": gpus(),
         "backend": backend(),

@@ -85,7 +85,7 @@ class Clock:
             torch.cuda.synchronize()
 
     def settled(self) -> int:
-        """Lets autograd's thread free what earlier calls used. Returns the bytes of tensors on the GPU; 0 on the CPU."""
+        """Lets autograd's thread free the tensors of earlier calls. Returns the bytes of those left; 0 on the CPU."""
         if not self.gpu:
             return 0
         time.sleep(_FREEING_SECONDS)  # without the GIL, for which that thread waits

@@ -14,7 +14,7 @@ from rich.console import Console
 from cupy_kernels import backend, emulator, source
 from cupy_kernels.errors import BackendError
 from modelnew import __main__ as cli
-from modelnew import commands, environment, timing
+from modelnew import __version__, commands, environment, timing
 
 
 @pytest.fixture
@@ -39,6 +39,10 @@ def test_module_runs_and_help_explains_every_option():
         assert parameter.help.split("  ")[0] in text
     for name in ("parity", "bench", "fuzz", "host", "scaling", "training", "env"):
         assert f" {name} " in text
+
+
+def test_version():
+    assert invoke("--version") == (0, f"modelnew, version {__version__} ")
 
 
 def test_env():

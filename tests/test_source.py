@@ -41,8 +41,8 @@ def test_includes_are_expanded_once():
 
 def test_a_missing_include_is_named():
     with (
-        source.override({"a.cu": '#include "b.cuh"\n'}),
-        pytest.raises(ValueError, match=r"no kernel source 'b\.cuh'; there are .*common\.cuh"),
+        source.override({"a.cu": '#include "comon.cuh"\n'}),
+        pytest.raises(ValueError, match=r"no kernel source 'comon\.cuh'; did you mean common\.cuh"),
     ):
         source.expanded("a.cu")
 
