@@ -77,13 +77,14 @@ class Plan:
     """The launches of operation(*args, **options), whose arrays are `Slot`s and whose floats are `Varying`.
 
     backend: starts the launches.
+    given: how many arguments the call gets. Slots with a greater index stand for what it makes.
     result: what the operation returned.
 
     A plan belongs to one thread, because each start writes its arguments into the same memory, which the kernels read.
     """
 
-    def __init__(self, backend: Backend, operation: Callable, args, options: dict):
-        self._backend, self._batches = backend, {}
+    def __init__(self, backend: Backend, operation: Callable, args, options: dict, given: int = 0):
+        self._backend, self._batches, self.given = backend, {}, given
         with recorded() as self.steps:
             self.result = operation(*args, **options)
 

@@ -190,13 +190,17 @@ def watched() -> bool:
 
 
 def show(plan, values, steps) -> bool:
-    """Shows launches to their observers. Returns whether they are to start."""
+    """Shows launches to their observers. Returns whether they are to start. If not, what they make is set to zero."""
     plans = _planning.get(threading.get_ident())
     if plans is None:
         plan.notify(steps, lambda slot: _array(slot, values[slot.index]), values)
-    elif plan not in plans[-1:]:
+        return True
+    if plan not in plans[-1:]:
         plans.append(plan)
-    return plans is None
+    for index in {index for step in plan.steps[steps.start : steps.stop] for index in written(step)}:
+        if index >= plan.given:
+            values[index].zero_()
+    return False
 
 
 def dense_after(check: Callable, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -234,7 +238,7 @@ def _planned_call(operation, values, options) -> _Known:
     new.room = machine.room(device.index)
     stand_ins = [_stand_in(index, value) for index, value in enumerate(values)]
     count = len(values) - len(options)
-    plan = Plan(machine, operation, [new, *stand_ins[:count]], dict(zip(options, stand_ins[count:])))
+    plan = Plan(machine, operation, [new, *stand_ins[:count]], dict(zip(options, stand_ins[count:])), given=len(values))
     indexes = {id(slot): slot.index for slot in new.slots}
     returned = plan.result
     if isinstance(returned, tuple):  # KeyError for what `new` has not made: a call returns no argument of its own
@@ -287,7 +291,7 @@ def _strides(shape):
 
 @contextlib.contextmanager
 def planned():
-    """A context in which this thread's calls are planned, not started. Yields the plans. Results have no values."""
+    """A context in which this thread's calls are planned, not started. Yields the plans. Results are zeros."""
     thread = threading.get_ident()
     before, _planning[thread] = _planning.get(thread), []
     try:

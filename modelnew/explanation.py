@@ -4,6 +4,7 @@ from collections import Counter
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from cupy_kernels.conv_transpose import Geometry
 
@@ -22,12 +23,12 @@ def explain(module: nn.Module, x: torch.Tensor) -> str:
 
     module: a module that contains layers of ours. For ModelNew and ConvTranspose2d, the text also says why these
         kernels run. For other modules, it names layers that `replace_layers` can replace.
-    x: its input.
+    x: its input. For the backward, all outputs of the module get a gradient; under torch.no_grad() there is none.
 
-    None of our kernels is launched. Other operators in the module run, on uninitialised values. Parameters, buffers and
-    x are not changed.
+    None of our kernels is launched; their results are zeros, on which the module's other operators run. Buffers, x and
+    random states are not changed, nor are parameters, unless the module's forward changes them.
 
-    Raises TypeError for what is no module, and for an x that is no tensor.
+    Raises TypeError for what is no module, and for an x that is no tensor, and what the module raises.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, received a {type(module).__name__}")
@@ -60,14 +61,21 @@ def explain(module: nn.Module, x: torch.Tensor) -> str:
 def planned_kernels(module: nn.Module, x: torch.Tensor) -> tuple[list, list]:
     """Our kernels that module(x) launches, forward and backward, in order. See `explain`."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    leaf = x.detach().requires_grad_(x.is_floating_point())
-    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):  # plans are the thread's
+    gpus, recorded = [x.device] if x.is_cuda else [], torch.is_grad_enabled()
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(recorded),
+        torch.autograd.set_multithreading_enabled(False),  # plans are the thread's
+        torch.random.fork_rng(gpus),
+    ):
+        leaf = (x.clone() if x.is_inference() else x).detach().requires_grad_(x.is_floating_point())
         with planned() as forward:
-            y = torch.func.functional_call(module, buffers, (leaf,))
+            results = torch.func.functional_call(module, buffers, (leaf.clone(),))  # which it may change in place
         with planned() as backward:
-            if isinstance(y, torch.Tensor) and y.requires_grad:
+            results = [y for y in tree_leaves(results) if isinstance(y, torch.Tensor) and y.requires_grad]
+            if results:
                 wanted = [t for t in (leaf, *module.parameters()) if t.requires_grad]
-                torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)
+                torch.autograd.grad(results, wanted, list(map(torch.ones_like, results)), allow_unused=True)
     forward, backward = ([kernel for plan in plans for kernel in plan.kernels] for plans in (forward, backward))
     return forward, backward
 

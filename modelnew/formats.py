@@ -6,19 +6,19 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the nu
 
 
 def channels_last(tensor: torch.Tensor) -> bool:
-    """Whether PyTorch's results for `tensor` are channels_last, or channels_last_3d for 5 dimensions."""
-    memory_format = CHANNELS_LAST.get(tensor.dim())
-    if memory_format is None or not tensor.is_contiguous(memory_format=memory_format):
+    """Whether PyTorch's results for `tensor` are channels_last, or channels_last_3d for 5 dimensions.
+
+    As in PyTorch, strides decide: they do not decrease from the channels over the last dimension to the first one. The
+    tensor may have gaps, such as a slice of the channels.
+    """
+    if tensor.dim() not in CHANNELS_LAST:
         return False
-    if not tensor.is_contiguous():
-        return True
-    # Dimensions of size 1 leave it open. Torch then looks at all strides.
     least, strides = 0, tensor.stride()
-    for d in (1, *range(tensor.dim() - 1, 1, -1), 0):
-        if strides[d] < least or (d == 0 and least == strides[1]):
+    for d in (1, *range(tensor.dim() - 1, 1, -1)):
+        if strides[d] < least:
             return False
         least = strides[d] * max(1, tensor.shape[d])
-    return tensor.numel() > 0
+    return strides[0] >= least != strides[1] != 0 and tensor.numel() > 0
 
 
 def dense_in(tensor: torch.Tensor, last: bool) -> torch.Tensor:

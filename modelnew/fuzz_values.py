@@ -90,6 +90,10 @@ _VIEWS = {
         lambda shape: (*shape[:-1], 2 * shape[-1] + 1),
         lambda base, shape: base[..., 1::2],
     ),
+    "channels": (
+        lambda shape: (shape[0], *shape[2:], shape[1] + 1),
+        lambda base, shape: base.movedim(-1, 1)[:, :-1],
+    ),
     "offset": (lambda shape: (math.prod(shape) + 1,), lambda base, shape: base[1:].view(shape)),
     "expanded": (
         lambda shape, d: (*shape[:d], min(1, shape[d]), *shape[d + 1 :]),
@@ -106,7 +110,7 @@ _VIEWS = {
 def layout_of(draw: random.Random, shape, dtype) -> tuple:
     """A layout. Half of all tensors are contiguous, or channels_last if they have 4 or 5 dimensions."""
     dense = ["contiguous", "channels_last"] if len(shape) in (4, 5) else ["contiguous"]
-    others = ["offset"]
+    others = ["offset"] + ["channels"] * (len(shape) in (4, 5))
     if shape:
         others += ["permuted", "sliced", "expanded", "overlapping"]
     if dtype in (torch.float32, torch.float64):

@@ -29,6 +29,8 @@ class Public:
     @staticmethod
     def allows_tf32() -> bool:
         """Whether cuDNN's convolutions may use TF32."""
+        if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9, where reading allow_tf32 may raise RuntimeError
+            return torch.backends.cudnn.conv.fp32_precision == "tf32"
         return torch.backends.cudnn.allow_tf32
 
     @staticmethod
@@ -58,7 +60,12 @@ class Public:
 current_device = getattr(torch._C, "_cuda_getDevice", Public.current_device)
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", Public.raw_stream)
 any_autocast = getattr(torch._C, "_is_any_autocast_enabled", Public.any_autocast)
-allows_tf32 = getattr(torch._C, "_get_cudnn_allow_tf32", Public.allows_tf32)
+_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def allows_tf32() -> bool:
+    """See Public.allows_tf32."""
+    return _precision("cuda", "conv") == "tf32" if _precision else Public.allows_tf32()
 
 
 def apply(function: type[torch.autograd.Function], *args):

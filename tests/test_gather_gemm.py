@@ -265,8 +265,8 @@ def test_a_general_convolution_keeps_the_format(device, monkeypatch, launched):
         results(lambda *t, f=f: f(*t, *case[3:]), x, w, b, dy) for f in (conv_transpose2d, F.conv_transpose2d)
     )
     assert "gather_gemm" not in names(launched)
-    assert ours[0].is_contiguous(memory_format=torch.channels_last)
     for a, b in zip(ours, theirs):
+        assert a.dim() != 4 or a.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(a, b)
 
 

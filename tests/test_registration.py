@@ -31,6 +31,7 @@ LAYOUTS = {
     "channels_last": last,
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "with gaps": lambda x: torch.stack([x, x], -1)[..., 0],
+    "channels_last, a slice of its channels": lambda x: last(torch.cat([x, x], 1))[:, : x.shape[1]],
     "expanded": lambda x: x[:1].expand_as(x),
 }
 
@@ -150,6 +151,19 @@ def test_fake_and_meta_results_are_laid_out_as_real_ones(name, layout):
         pairs = zip(*((y,) if isinstance(y, torch.Tensor) else y for y in (found, expected)))
         for y, real in pairs:
             assert (y.shape, y.stride(), y.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 1, 1), (4, 1, 6, 5)], ids=str)
+def test_convolution_of_one_channel_or_pixel_in_channels_last(shape):
+    """Such a tensor is contiguous, too. Strides tell that it is channels_last, and PyTorch's result follows."""
+    x = torch.randn(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    w = torch.randn(shape[1], 8, 4, 4)
+    y = functional.conv_transpose2d(x, w)
+    assert y.stride() == torch.nn.functional.conv_transpose2d(x, w).stride()
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    with FakeTensorMode() as mode:
+        fake = functional.conv_transpose2d(mode.from_tensor(x), mode.from_tensor(w))
+    assert (fake.shape, fake.stride()) == (y.shape, y.stride())
 
 
 def test_models_on_meta_tensors():

@@ -83,10 +83,18 @@ def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
 
     dx has x's memory format, or dy's if x is None. dw has w's, or is contiguous if w is None.
     """
-    formats = x_last, w_last = _formats(dy if x is None else x, w, x_shape, w_shape, geometry, choice)
+    like = dy if x is None else x
+    formats = x_last, w_last = _formats(like, w, x_shape, w_shape, geometry, choice)
     arrays = (None if t is None else _array(t, last) for t, last in ((x, x_last), (w, w_last), (dy, x_last)))
     dx, dw, dbias = call(kernels.gradients, *arrays, x_shape, w_shape, geometry, choice, needed, formats)
-    return restored(dx, x_last), restored(dw, w_last), dbias
+    return _in_format(restored(dx, x_last), like), _in_format(restored(dw, w_last), w), dbias
+
+
+def _in_format(result, like):
+    """A result that is None, contiguous or channels_last, in the memory format of `like`."""
+    if result is None or like is None or not channels_last(like):
+        return result
+    return result.contiguous(memory_format=torch.channels_last)
 
 
 def _array(tensor, last):
@@ -97,18 +105,18 @@ def _array(tensor, last):
 def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice, check=lambda: None) -> torch.Tensor:
     """The convolution of a batch in the numeric class of `choice`, a `numerics.Choice`. check: as in `calls.call`."""
     formats = _formats(x, w, x.shape, w.shape, geometry, choice)
-    copy = not x.is_contiguous() and not formats[0] and channels_last(x)
-    tensors = [t if last else dense_after(check, t)[0] for t, last in zip((x, w, bias), (*formats, False))]
-    if will_need_grad(*tensors):
-        y = apply(_ConvTranspose2d, *tensors, geometry, choice, formats, check)
+    if will_need_grad(x, w, bias):
+        y = apply(_ConvTranspose2d, x, w, bias, geometry, choice, formats, check)
     else:
-        y = _call_forward(*tensors, geometry, choice, formats, check)
-    return y.contiguous(memory_format=torch.channels_last) if copy else y
+        y = _call_forward(x, w, bias, geometry, choice, formats, check)
+    return _in_format(y, x)
 
 
 def _call_forward(x, w, bias, geometry, choice, formats, check):
-    arrays = (_array(t, last) for t, last in zip((x, w), formats))
-    return restored(call(kernels.forward, *arrays, bias, geometry, choice, formats, check=check), formats[0])
+    x, w, bias = dense_after(check, stored(x, formats[0]), stored(w, formats[1]), bias)
+    return restored(
+        call(kernels.forward, aligned(x), aligned(w), bias, geometry, choice, formats, check=check), formats[0]
+    )
 
 
 def _formats(x, w, x_shape, w_shape, geometry, choice) -> tuple[bool, bool]:

@@ -100,14 +100,7 @@ def _gradient(dy, x, weight, *options):
     dx, dw, dbias = eager.conv_gradients(
         x, weight, dy, x.shape, weight.shape, as_geometry(*geometry), choice, tuple(needed)
     )
-    return results_of(dy, _as(dx, x), _as(dw, weight), dbias)
-
-
-def _as(gradient, tensor):
-    """The gradient in the memory format of its tensor."""
-    if gradient is None or not channels_last(tensor):
-        return gradient
-    return gradient.contiguous(memory_format=torch.channels_last)
+    return results_of(dy, dx, dw, dbias)
 
 
 def _fake_gradient(dy, x, weight, *options):
