@@ -196,7 +196,7 @@ class _Setting:
             if entry.operator != "BatchNorm":  # whose parameters stay float32, as in mixed precision
                 module.to(dtype)
         self.x = dense_in(torch.randn(entry.shape, device=device, dtype=dtype), layout == "nhwc")
-        self.error_ratio = None
+        self.error_ratio = self.error_of = None  # our largest rms error over PyTorch's, and of which result
 
     @functools.cached_property
     def dy(self) -> torch.Tensor:
@@ -225,7 +225,7 @@ class _Setting:
                 prefix = "" if who == "modelnew" else f"{who}_"
                 row[f"{prefix}ms"] = ms and float(f"{ms:.4g}")
                 row[f"{prefix}peak_mb"] = None if entrant.reason else entrant.peak_mb
-            row["error_ratio"] = self.error_ratio
+            row |= {"error_ratio": self.error_ratio, "error_of": self.error_of}
             reasons = {who: entrant.reason for who, entrant in found.items() if entrant.reason}
             yield {**row, "reasons": reasons, "failed": found["modelnew"].failed} if reasons else row
 
@@ -250,7 +250,7 @@ class _Setting:
 
     @functools.cached_property
     def wrong(self) -> str | None:
-        """What is wrong with our results, or None. Sets `error_ratio`, our largest rms error over PyTorch's."""
+        """What is wrong with our results, or None. Sets `error_ratio` and `error_of`."""
         ours, theirs = (self.results(self.modules[who], self.x.dtype) for who in ("modelnew", "eager"))
         if self.entry.operator == "MaxPool2d" and not torch.equal(ours["output"], theirs["output"]):
             return "the output is not PyTorch's"
@@ -266,10 +266,11 @@ class _Setting:
         for name, exact in truth.items():
             mine = error(ours[name], exact)
             other = max((error(found[name], exact) for found in references), key=lambda found: found.rms)
-            ratios.append(mine.rms / other.rms if other.rms else 1.0)
+            ratios.append((mine.rms / other.rms if other.rms else 1.0, name))
             if not within_policy(ours[name], exact, mine, other, terms.get(name, 0)):
                 bad.append(f"{name} (rms error {mine.rms:.1e}, PyTorch's {other.rms:.1e})")
-        self.error_ratio = float(f"{max(ratios):.3g}")
+        largest, self.error_of = max(ratios)
+        self.error_ratio = float(f"{largest:.3g}")
         return f"parity fails: {', '.join(bad)}" if bad else None
 
     def results(self, module, dtype) -> dict[str, torch.Tensor]:

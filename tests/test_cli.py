@@ -212,3 +212,17 @@ def test_measured_times():
     x = torch.randn(1 << 26, device="cuda")
     times = timing.measure(lambda: x.add_(1), x.device, trials=5)
     assert 0.05 < times.min <= times.median <= times.max < 50
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_host(tmp_path):
+    """Each layer is timed in four ways, and the first launch comes before PyTorch's forward ends."""
+    assert invoke("host", "--trials", 1, "--output", tmp_path)[0] == 0
+    (path,) = tmp_path.iterdir()
+    rows = json.loads(path.read_text())["rows"]
+    *timed, first = rows
+    assert len({(r["operator"], r["what"], r["addresses"]) for r in timed}) == len(timed) == 7 * 2 * 2
+    assert all(0 < r["us_min"] <= r["us"] for r in rows)
+    model = next(r for r in timed if r["operator"] == first["operator"] and r["what"] == "forward")
+    assert first["us"] < model["eager_us"]

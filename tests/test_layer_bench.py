@@ -44,6 +44,7 @@ def test_rows_table_and_picture(monkeypatch, tmp_path):
         assert row["ms"] > 0
         assert row["eager_ms"] > 0
         assert 0 <= row["error_ratio"] < 3
+        assert row["error_of"] in ("output", "x", "weight", "bias", "running_mean", "running_var")
         assert "reasons" not in row
     console = Console(width=160, record=True)
     layer_bench.show(record_of(rows), console)

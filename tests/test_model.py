@@ -338,6 +338,37 @@ def test_explain_any_module(device, launched):
     assert explain(theirs, x).endswith("\nPyTorch's, which modelnew.replace_layers can replace: 1 Tanh")
 
 
+class _Several(torch.nn.Module):
+    """A module that explain must leave as it is: it changes its input, draws numbers and returns a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = layers.BatchNorm2d(4), torch.nn.Dropout()
+        self.table = torch.nn.Embedding(3, 4)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x.mul_(2)
+        y = self.drop(self.norm(torch.nn.functional.relu_(x)))
+        return {"y": (y, y.detach()), "found": self.table(y[0, 0].long())}
+
+
+def test_explain_changes_nothing(device):
+    module, x = _Several().to(device), torch.randn(2, 4, 3, 3, device=device)
+    with torch.inference_mode():
+        made_there = x.clone()
+    expected = "forward: batch_norm_forward\nbackward: batch_norm_backward"
+    before, state = x.clone(), torch.random.get_rng_state()
+    assert explain(module, x) == explain(module, made_there) == expected
+    assert torch.equal(x, before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    cannot_be_trained = torch.nn.Sequential(layers.Tanh(), torch.nn.ReLU(inplace=True))
+    with torch.no_grad():
+        assert explain(cannot_be_trained, x).startswith("forward: tanh_forward\nbackward: no kernel of ours")
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        explain(cannot_be_trained, x)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

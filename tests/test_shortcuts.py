@@ -24,6 +24,17 @@ def test_tf32(monkeypatch, allowed):
     assert shortcuts.allows_tf32() == Public.allows_tf32() == allowed
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch has allow_tf32 only")
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_tf32_by_the_newer_setting(monkeypatch, setting):
+    """It may differ between convolutions and RNNs. Then torch raises an error where allow_tf32 is read."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", setting == "ieee")  # which sets all when it is set back
+    torch.backends.cudnn.conv.fp32_precision = setting
+    assert shortcuts.allows_tf32() == Public.allows_tf32() == (setting == "tf32")
+    with pytest.raises(RuntimeError, match="allow_tf32"):
+        torch.backends.cudnn.allow_tf32  # noqa: B018
+
+
 def test_autocast():
     for device in ("cpu", "cuda"):
         with torch.autocast(device, torch.bfloat16):

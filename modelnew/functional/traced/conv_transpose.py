@@ -2,8 +2,6 @@
 
 import math
 
-import torch
-
 from cupy_kernels.conv_transpose import Geometry, output_shape
 
 from ... import autocast
