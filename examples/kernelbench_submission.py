@@ -791,8 +791,8 @@ def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, i
         )
     if x_shape[1] != w_shape[0] or w_shape[0] % g.groups:
         raise ValueError(
-            f"input has {x_shape[1]} channels, weight {tuple(w_shape)} takes {w_shape[0]}, "
-            f"which groups={g.groups} must divide"
+            f"input has {x_shape[1]} channels, weight {tuple(w_shape)} takes {w_shape[0]}; "
+            f"groups={g.groups} must divide this number"
         )
     if 0 in x_shape[1:] or 0 in w_shape:
         raise ValueError(f"only the batch may be empty, received shapes {tuple(x_shape)} and {tuple(w_shape)}")

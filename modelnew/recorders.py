@@ -67,22 +67,21 @@ def _early() -> bool:
     return _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
 
 
+_THEIRS = "or PyTorch's layers, which ModelNew(..., replace=()) has, and the undo() of replace_layers brings back"
+
+
 def refuse(name: str) -> None:
     """Raises RuntimeError in torch.jit.trace, which cannot record our operators' gradients. name: of the operator."""
     if _get_tracing_state():
         raise RuntimeError(
             f"{name} cannot be recorded by torch.jit.trace (which torch.onnx.export(dynamo=False) uses): use "
-            "torch.export, or PyTorch's operators: torch.nn's layers, and ModelNew(..., replace=()), take the same "
-            "state dict"
+            f"torch.export, {_THEIRS}"
         )
 
 
 def refuse_script(name: str) -> None:
     """Raises RuntimeError in torch.jit.script, which calls `__prepare_scriptable__` of each module and function."""
-    raise RuntimeError(
-        f"{name} is no TorchScript: use torch.export, or PyTorch's operators: torch.nn's layers, and "
-        "ModelNew(..., replace=()), take the same state dict"
-    )
+    raise RuntimeError(f"{name} is no TorchScript: use torch.export, {_THEIRS}")
 
 
 def refuse_kernels() -> None:

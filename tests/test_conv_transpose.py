@@ -195,7 +195,7 @@ def test_two_runs_are_bit_equal(device):
         ({"padding": -1}, ValueError, "padding must not be negative"),
         ({"padding": 9}, ValueError, "output size"),
         ({"output_padding": 1}, ValueError, "output_padding must be smaller"),
-        ({"groups": 4}, ValueError, "which groups=4 must divide"),
+        ({"groups": 4}, ValueError, "groups=4 must divide this number"),
         ({"dilation": 0}, ValueError, "dilation must be at least 1"),
         ({"input": torch.zeros(1, 1, 1, 1).expand(1, 6, 70000, 70000)}, ValueError, "more than 2147483647 elements"),
     ],

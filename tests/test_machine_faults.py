@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import math
 import types
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from cupy_kernels import compiler, emulator
 from cupy_kernels.driver import Config
-from modelnew import ModelNew, calls, layers
+from modelnew import ModelNew, calls, layers, replays, shortcuts
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_plans")
 
@@ -110,6 +111,36 @@ def test_a_call_that_fails_leaves_all_as_it_was_or_done(monkeypatch, name, fault
         else:
             tried.load_state_dict(module.state_dict())
             assert equal(step(tried, x), expected)
+    assert number > 1
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_repeated_call_that_gets_no_memory_leaves_all_as_it_was_or_done(monkeypatch, name):
+    """Replays allocate by a function of their own."""
+    allocate, left = shortcuts.allocator(torch.device("cpu")), [math.inf]
+
+    def limited(*layout):
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return allocate(*layout)
+
+    monkeypatch.setattr(replays, "allocator", lambda device: limited)
+    make, shape = MODULES[name]
+    module, x = make(), torch.randn(shape)
+    done = copy.deepcopy(module)
+    expected, before, after = step(done, x), state(module), state(done)
+    for _ in range(3):
+        step(copy.deepcopy(module), x)
+    for number in itertools.count():
+        tried, left[0] = copy.deepcopy(module), number
+        with contextlib.suppress(torch.OutOfMemoryError):
+            step(tried, x)
+            break
+        found, left[0] = state(tried), math.inf
+        assert equal(found, before) or equal(found, after)
+        tried.load_state_dict(module.state_dict())
+        assert equal(step(tried, x), expected)
     assert number > 1
 
 

@@ -30,7 +30,8 @@ def _one_at_a_time(backward):
             return backward(ctx, *gradients)
         except RuntimeError as error:
             instead = "torch.func.jacrev, torch.func.vmap around the forward, too, or vectorize=False"
-            recorders.refuse_batches(backward.__qualname__, gradients, instead, error)
+            name = backward.__qualname__.partition(".")[0].strip("_")
+            recorders.refuse_batches(f"the backward of {name}", gradients, instead, error)
             raise
 
     return call
