@@ -1947,42 +1947,22 @@ typedef ACTIVATION Activation;
     "async_copy.cuh": r"""#pragma once
 
 __device__ inline void cp_async_16(void* shared, const void* global, bool valid) {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::copy_async(shared, global, 16, valid);
-#elif __CUDA_ARCH__ >= 800
     unsigned to = (unsigned)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0)
         : "memory");
-#else
-    *(uint4*)shared = valid ? *(const uint4*)global : make_uint4(0, 0, 0, 0);
-#endif
 }
 
 __device__ inline void cp_async_4(void* shared, const void* global, bool valid) {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::copy_async(shared, global, 4, valid);
-#elif __CUDA_ARCH__ >= 800
     unsigned to = (unsigned)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(valid ? 4 : 0) : "memory");
-#else
-    *(unsigned*)shared = valid ? *(const unsigned*)global : 0;
-#endif
 }
 
 __device__ inline void cp_async_commit() {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::copy_commit();
-#elif __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
 }
 
 template <int PENDING_GROUPS> __device__ inline void cp_async_wait() {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::copy_wait(PENDING_GROUPS);
-#elif __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING_GROUPS) : "memory");
-#endif
 }
 """,
     "batch_norm.cuh": r"""#pragma once
@@ -2078,34 +2058,23 @@ struct bf16_t { unsigned short bits; };
 
 template <class U, int W> struct __align__(W * sizeof(U)) Packed { U v[W]; };
 
-#ifndef SHARED_ALIGNMENT
+#if !defined(SHARED_ALIGNMENT)
 #define SHARED_ALIGNMENT 128
 #endif
-#ifndef CUPY_KERNELS_EMULATOR
 #define UNCHECKED
 #define DYNAMIC_SHARED(U, name) \
     extern __shared__ __align__(SHARED_ALIGNMENT) \
     char dynamic_shared_bytes[]; \
     U* name = (U*)dynamic_shared_bytes
-#endif
 
 __device__ inline float to_acc(float v) { return v; }
 __device__ inline double to_acc(double v) { return v; }
 __device__ inline float to_acc(bf16_t v) { return __uint_as_float((unsigned)v.bits << 16); }
-#ifdef CUPY_KERNELS_EMULATOR
-static inline float to_acc(half_t v) {
-    unsigned magnitude = v.bits & 0x7FFF, sign = (unsigned)(v.bits & 0x8000) << 16;
-    if (magnitude >= 0x7C00) return __uint_as_float(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
-    float scaled = __uint_as_float(magnitude << 13) * 0x1p112f;
-    return __uint_as_float(sign | __float_as_uint(scaled));
-}
-#else
 __device__ inline float to_acc(half_t v) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
     return f;
 }
-#endif
 
 template <class U> __device__ inline U from_acc(float v);
 template <class U> __device__ inline U from_acc(double v);
@@ -2114,65 +2083,35 @@ template <> __device__ inline float from_acc<float>(double v) { return (float)v;
 template <> __device__ inline double from_acc<double>(double v) { return v; }
 template <> __device__ inline bf16_t from_acc<bf16_t>(float v) {
     bf16_t r;
-#if !defined(CUPY_KERNELS_EMULATOR) && __CUDA_ARCH__ >= 800
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
-#else
-    unsigned u = __float_as_uint(v);
-    r.bits = (u & 0x7FFFFFFF) > 0x7F800000 ? (u >> 16 & 0x8000) | 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
-#endif
     return r;
 }
-#ifdef CUPY_KERNELS_EMULATOR
-template <> inline half_t from_acc<half_t>(float v) {
-    unsigned u = __float_as_uint(v), sign = u >> 16 & 0x8000, magnitude = u & 0x7FFFFFFF;
-    half_t r;
-    if (magnitude > 0x7F800000) r.bits = sign | 0x7E00;
-    else if (magnitude >= 0x477FF000) r.bits = sign | 0x7C00;
-    else if (magnitude < 0x38800000)
-        r.bits = sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3F000000);
-    else r.bits = sign | ((magnitude + 0xFFF + (magnitude >> 13 & 1)) >> 13) - (112 << 10);
-    return r;
-}
-#else
 template <> __device__ inline half_t from_acc<half_t>(float v) {
     half_t r;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
     return r;
 }
-#endif
 
 template <class A> __device__ inline bool is_nan(A v) { return v != v; }
 template <class A> __device__ inline bool is_finite(A v) { return v - v == 0; }
-#ifdef CUPY_KERNELS_EMULATOR
-static inline bool greater(float a, float b) { return a > b; }
-#else
 __device__ inline bool greater(float a, float b) {
     int r;
     asm("{\n .reg .pred p;\n setp.gt.f32 p, %1, %2;\n selp.b32 %0, 1, 0, p;\n}" : "=r"(r) : "f"(a), "f"(b));
     return r;
 }
-#endif
 __device__ inline bool greater(double a, double b) { return a > b; }
 
 __device__ inline float multiply_unflushed(float a, float b) {
-#ifdef CUPY_KERNELS_EMULATOR
-    return a * b;
-#else
     float product;
     asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
     return product;
-#endif
 }
 __device__ inline double multiply_unflushed(double a, double b) { return a * b; }
 
 __device__ inline float add_unflushed(float a, float b) {
-#ifdef CUPY_KERNELS_EMULATOR
-    return a + b;
-#else
     float sum;
     asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
     return sum;
-#endif
 }
 
 struct Divisor {
@@ -2205,9 +2144,6 @@ template <class A> __device__ inline A block_sum(A v, A* scratch) {
     return total;
 }
 
-#ifdef CUPY_KERNELS_EMULATOR
-using emulator::grid_barrier;
-#else
 __device__ inline void grid_barrier() {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -2221,24 +2157,18 @@ __device__ inline void grid_barrier() {
     }
     __syncthreads();
 }
-#endif
 
 __device__ inline void wait_for_earlier_kernels() {
-#if !defined(CUPY_KERNELS_EMULATOR) && __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
 __device__ inline void make_opaque(int& v) {
-#ifndef CUPY_KERNELS_EMULATOR
     asm volatile("" : "+r"(v));
-#endif
 }
 
 template <class T, int W> __device__ inline void store_at_once(T* to, const Packed<T, W>& v) {
-#ifdef CUPY_KERNELS_EMULATOR
-    *(Packed<T, W>*)to = v;
-#else
     if constexpr (sizeof(v) > 16) {
         store_at_once(to, *(const Packed<T, W / 2>*)&v);
         store_at_once(to + W / 2, *(const Packed<T, W / 2>*)(v.v + W / 2));
@@ -2251,7 +2181,6 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
         asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y));
     } else if constexpr (sizeof(v) == 4) *(unsigned*)to = *(const unsigned*)&v;
     else *(Packed<T, W>*)to = v;
-#endif
 }
 """,
     "conv_bn_pool.cu": r"""#define ADJACENT (!WGMMA)
@@ -2287,13 +2216,9 @@ enum { SHIFT = AS_IT_IS ? 0 : SAVED_SHIFT };
 enum { ROWS = LANE_ROWS < 4 ? LANE_ROWS : 4 };
 
 __device__ inline float max_or_nan(float a, float b) {
-#ifdef CUPY_KERNELS_EMULATOR
-    return a > b || is_nan(a) ? a : b;
-#elif __CUDA_ARCH__ >= 800
     float larger;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
     return larger;
-#endif
 }
 
 typedef unsigned Valid[4];
@@ -2511,14 +2436,9 @@ __device__ constexpr bool bands_fit() {
 }
 static_assert(bands_fit(), "a band has the rows of x that a unit needs");
 
-#ifdef CUPY_KERNELS_EMULATOR
-typedef const u8* Row;
-__device__ inline Row row_at(const u8* p) { return p; }
-#else
 typedef unsigned Row;
 __device__ inline Row row_at(const u8* p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ inline Row other_part(Row row, int parts) { return row ^ parts * 16; }
-#endif
 
 typedef float Sums[4][2 * TILES][4];
 #define LANE_ROWS 8
@@ -4045,13 +3965,9 @@ struct ScaleBack {
     __device__ float operator()(float v) const { return multiply_unflushed(multiply_unflushed(v, first), second); }
     __device__ float operator()(float v, float shift) const {
         v = multiply_unflushed(v, first);
-#ifdef CUPY_KERNELS_EMULATOR
-        return fmaf(v, second, shift);
-#else
         float sum;
         asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(v), "f"(second), "f"(shift));
         return sum;
-#endif
     }
 };
 
@@ -4142,13 +4058,9 @@ __device__ inline const u8* other_part(const u8* row, int parts) {
 }
 
 __device__ inline unsigned pack_halves(float low, float high) {
-#if defined(CUPY_KERNELS_EMULATOR) || __CUDA_ARCH__ < 800
-    return from_acc<half_t>(low).bits | (unsigned)from_acc<half_t>(high).bits << 16;
-#else
     unsigned both;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
-#endif
 }
 
 template <class V> __device__ inline float centre(const V* sums, int c, int count) {
@@ -4358,18 +4270,14 @@ __device__ inline void convolve(
 struct MBarrier { unsigned long long state; };
 
 __device__ inline void mbarrier_init(MBarrier& barrier, int arrivals) {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::mbarrier_init(&barrier, arrivals);
-#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned at = (unsigned)__cvta_generic_to_shared(&barrier);
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
 #endif
 }
 
 __device__ inline void mbarrier_arrive(MBarrier& barrier, int bytes = 0) {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::mbarrier_arrive(&barrier, bytes);
-#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned at = (unsigned)__cvta_generic_to_shared(&barrier);
     if (bytes) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
     else asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
@@ -4377,9 +4285,7 @@ __device__ inline void mbarrier_arrive(MBarrier& barrier, int bytes = 0) {
 }
 
 __device__ inline void mbarrier_wait(MBarrier& barrier, int parity) {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::mbarrier_wait(&barrier, parity);
-#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned at = (unsigned)__cvta_generic_to_shared(&barrier);
     asm volatile(
         "{.reg .pred ended; again: mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1; @!ended bra again;}" ::"r"(
@@ -4390,9 +4296,7 @@ __device__ inline void mbarrier_wait(MBarrier& barrier, int parity) {
 }
 
 __device__ inline void bulk_copy(void* shared, const void* global, int bytes, MBarrier& barrier) {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::bulk_copy(shared, global, bytes, &barrier);
-#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned to = (unsigned)__cvta_generic_to_shared(shared), at = (unsigned)__cvta_generic_to_shared(&barrier);
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
         "l"(global), "r"(bytes), "r"(at)
@@ -4401,69 +4305,40 @@ __device__ inline void bulk_copy(void* shared, const void* global, int bytes, MB
 }
 
 template <int REGISTERS> __device__ __forceinline__ void fewer_registers() {
-#if !defined(CUPY_KERNELS_EMULATOR) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 #endif
 }
 template <int REGISTERS> __device__ __forceinline__ void more_registers() {
-#if !defined(CUPY_KERNELS_EMULATOR) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 #endif
 }
 """,
     "mma.cuh": r"""#pragma once
 
-#ifndef CUPY_KERNELS_EMULATOR
 __device__ inline void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
-#if __CUDA_ARCH__ >= 750
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
         : "r"(address)
         : "memory");
-#endif
 }
-#endif
 
 UNCHECKED __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::read_any(row, 16);
-    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row);
-    int lane = emulator::current % 32;
-    for (int i = 0; i < 4; i++) r[i] = ((const unsigned*)rows[8 * i + lane / 4])[lane % 4];
-#elif __CUDA_ARCH__ >= 750
     ldmatrix_x4(r, (unsigned)__cvta_generic_to_shared(row));
-#endif
 }
 
 UNCHECKED __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row) {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::read_any(row, 16);
-    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row);
-    int lane = emulator::current % 32, first = lane % 4 * 2, column = lane / 4;
-    for (int i = 0; i < 4; i++) {
-        const unsigned short* const two[] = {
-            (const unsigned short*)rows[8 * i + first], (const unsigned short*)rows[8 * i + first + 1]};
-        r[i] = two[0][column] | (unsigned)two[1][column] << 16;
-    }
-#elif __CUDA_ARCH__ >= 750
     unsigned address = (unsigned)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
         : "r"(address)
         : "memory");
-#endif
 }
 
 UNCHECKED __device__ inline unsigned movmatrix(unsigned row) {
     unsigned column = 0;
-#ifdef CUPY_KERNELS_EMULATOR
-    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row);
-    int lane = emulator::current % 32;
-    for (int i = 0; i < 2; i++)
-        column |= (rows[(lane % 4 * 2 + i) * 4 + lane / 8] >> lane / 4 % 2 * 16 & 0xFFFF) << i * 16;
-#elif __CUDA_ARCH__ >= 750
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(column) : "r"(row));
-#endif
     return column;
 }
 
@@ -4479,46 +4354,10 @@ template <> struct IsBf16<bf16_t> {
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
-#if SM75
-UNCHECKED __device__ __forceinline__ void mma_m16n8k8(
-    float (&c)[4], const unsigned a0, const unsigned a1, const unsigned b) {
-#ifdef CUPY_KERNELS_EMULATOR
-    struct Fragments { unsigned a[2], b; } mine = {{a0, a1}, b};
-    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine);
-    int lane = emulator::current % 32;
-    auto half = [](unsigned two, int which) { return to_acc(half_t{(unsigned short)(two >> which * 16)}); };
-    for (int i = 0; i < 4; i++)
-        for (int k = 0; k < 8; k++)
-            c[i] += half(all[lane / 4 * 4 + k / 2].a[i / 2], k % 2) *
-                    half(all[(lane % 4 * 2 + i % 2) * 4 + k / 2].b, k % 2);
-#elif __CUDA_ARCH__ >= 750
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(b));
-#endif
-}
-#endif
 template <class T = half_t> UNCHECKED __device__ __forceinline__ void mma_m16n8k16(
     float (&c)[4], const unsigned (&a)[4], const unsigned b0, const unsigned b1) {
-#if SM75
-    static_assert(!IsBf16<T>::VALUE, "sm_75 multiplies fp16 alone");
-    mma_m16n8k8(c, a[0], a[1], b0);
-    mma_m16n8k8(c, a[2], a[3], b1);
-#elif defined(CUPY_KERNELS_EMULATOR)
-    struct Fragments { float a[8], b[4]; } mine;
-    for (int i = 0; i < 8; i++) mine.a[i] = to_acc(T{(unsigned short)(a[i / 2] >> i % 2 * 16)});
-    for (int i = 0; i < 4; i++) mine.b[i] = to_acc(T{(unsigned short)((i < 2 ? b0 : b1) >> i % 2 * 16)});
-    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine);
-    int lane = emulator::current % 32;
-    for (int i = 0; i < 4; i++)
-        for (int k = 0; k < 16; k++) {
-            const Fragments &left = all[lane / 4 * 4 + k % 8 / 2], &right = all[(lane % 4 * 2 + i % 2) * 4 + k % 8 / 2];
-            c[i] += left.a[k / 8 * 4 + i / 2 * 2 + k % 2] * right.b[k / 8 * 2 + k % 2];
-        }
-#elif __CUDA_ARCH__ >= 800
     if constexpr (IsBf16<T>::VALUE) MMA_M16N8K16("bf16");
     else MMA_M16N8K16("f16");
-#endif
 }
 """,
     "pack_tile.cuh": r"""#pragma once
@@ -5194,10 +5033,6 @@ __device__ inline acc_t tanh_slope(acc_t y) { return (acc_t)1 - y * y; }
     "tanh_branchless.cuh": r"""#pragma once
 #include "common.cuh"
 
-#ifdef CUPY_KERNELS_EMULATOR
-static inline float exp2_approximate(float v) { return exp2f(v); }
-static inline float reciprocal_approximate(float v) { return 1 / v; }
-#else
 __device__ inline float exp2_approximate(float v) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
@@ -5208,7 +5043,6 @@ __device__ inline float reciprocal_approximate(float v) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
-#endif
 
 __device__ inline float tanh_branchless(float v) {
     float size = fabsf(v), square = v * v;
@@ -5226,49 +5060,25 @@ __device__ inline float tanh_coarse(float v) {
     "wgmma.cuh": r"""#pragma once
 
 struct WgmmaOperand {
-#ifdef CUPY_KERNELS_EMULATOR
-    const u8* start;
-    int along, across;
-    __device__ WgmmaOperand(const u8* start, int along, int across) : start(start), along(along), across(across) {}
-    static constexpr bool ALONG_K = true;
-    const u8* octet(int row, int k) const { return start + row / 8 * across + k / 8 * along + row % 8 * 16; }
-#else
     unsigned start, stride;
     __device__ WgmmaOperand(const u8* from, int along, int across)
         : start((unsigned)__cvta_generic_to_shared(from) / 16 | along / 16 << 16), stride(across / 16) {}
     __device__ unsigned long long bits() const { return (unsigned long long)stride << 32 | start; }
-#endif
     __device__ WgmmaOperand moved(int bytes) const {
         WgmmaOperand other = *this;
-#ifdef CUPY_KERNELS_EMULATOR
-        other.start += bytes;
-#else
         other.start += bytes >> 4;
-#endif
         return other;
     }
 };
 
 struct WgmmaLines {
-#ifdef CUPY_KERNELS_EMULATOR
-    const u8* start;
-    int first_part;
-    __device__ WgmmaLines(const u8* start, int first_part) : start(start), first_part(first_part) {}
-    static constexpr bool ALONG_K = false;
-    const u8* octet(int row, int k) const { return start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16; }
-#else
     unsigned start;
     __device__ WgmmaLines(const u8* from, int first_part)
         : start((unsigned)__cvta_generic_to_shared(from) / 16 + first_part) {}
     __device__ unsigned long long bits() const { return (1ull << 30 | 1024 / 16) << 32 | start; }
-#endif
     __device__ WgmmaLines moved(int bytes) const {
         WgmmaLines other = *this;
-#ifdef CUPY_KERNELS_EMULATOR
-        other.start += bytes;
-#else
         other.start += bytes >> 4;
-#endif
         return other;
     }
 };
@@ -5320,9 +5130,7 @@ struct WgmmaLines {
 
 template <int COUNT, bool ACCUMULATE = true, int MOST> UNCHECKED __device__ __forceinline__ void wgmma(
     float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::multiply_async<half_t>(&d[0][0], COUNT * 8, ACCUMULATE, &a, nullptr, b, EMULATOR_CALLER);
-#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned long long a_bits = a.bits(), b_bits = b.bits();
     WGMMA_CASE(1, 8)
     WGMMA_CASE(2, 16)
@@ -5357,10 +5165,7 @@ template <int COUNT, bool ACCUMULATE = true, int MOST> UNCHECKED __device__ __fo
 template <int COUNT, int MOST>
 UNCHECKED __device__ __forceinline__ void wgmma(
     float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaLines& b, int accumulate = 1) {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::multiply_async<half_t>(
-        &d[0][0], COUNT * 8, accumulate, (const WgmmaOperand*)nullptr, a, b, EMULATOR_CALLER);
-#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned long long b_bits = b.bits();
     WGMMA_CASE_FRAGMENT(1, 8, 6, 7, 8, 9)
     WGMMA_CASE_FRAGMENT(2, 16, 10, 11, 12, 13)
@@ -5374,48 +5179,38 @@ UNCHECKED __device__ __forceinline__ void wgmma(
 }
 
 __device__ inline void wgmma_fence() {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::fence_registers();
-#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 
 __device__ inline void wgmma_commit() {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::commit_multiplications();
-#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
 
 template <int PENDING_GROUPS> __device__ inline void wgmma_wait() {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::wait_for_multiplications(PENDING_GROUPS);
-#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING_GROUPS) : "memory");
 #endif
 }
 
 template <int COUNT, int MOST> __device__ __forceinline__ void wgmma_arrived(float (&d)[MOST][4]) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     #pragma unroll
     for (int t = 0; t < COUNT; t++) asm volatile("" : WGMMA_TILE("+f", t)::"memory");
 #endif
 }
 
 template <int COUNT = 1> __device__ inline void sync_warpgroups(int first) {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::warpgroup_barrier(COUNT);
-#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("barrier.sync %0, %1;" ::"r"(COUNT == 1 ? 1 + first : 9 + first / 2), "n"(128 * COUNT) : "memory");
 #endif
 }
 
 __device__ inline void fence_async_proxy() {
-#ifdef CUPY_KERNELS_EMULATOR
-    emulator::fence_proxy();
-#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }

@@ -1,6 +1,7 @@
 """examples/kernelbench_submission.py: is current, has KernelBench's form, and computes what the package computes."""
 
 import ast
+import functools
 import importlib.util
 import re
 import subprocess
@@ -13,7 +14,9 @@ import torch
 from click.testing import CliRunner
 
 import modelnew
-from cupy_kernels import emulator, source
+from cupy_kernels import emulator, nvrtc, source
+from cupy_kernels.errors import BackendError
+from cupy_kernels.variants import variants
 from modelnew import parity
 from tools import submission
 
@@ -47,7 +50,7 @@ def written():
 
 @pytest.fixture
 def runnable(written, device, monkeypatch):
-    """The file; on the CPU its kernels go to the emulator."""
+    """The file; on the CPU the emulator runs the package's kernels in place of the file's, which are for GPUs alone."""
     if device == "cuda":
         yield written
         return
@@ -66,8 +69,7 @@ def runnable(written, device, monkeypatch):
     changes["current_stream"] = lambda device: None
     for name, value in changes.items():
         monkeypatch.setattr(written, name, value)
-    with source.override(written.KERNELS):
-        yield written
+    yield written
 
 
 def test_is_current():
@@ -83,6 +85,22 @@ def test_form():
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         imported.update(name.partition(".")[0] for name in names)
     assert imported - set(sys.stdlib_module_names) == {"torch", "numpy", "cupy"}
+
+
+@pytest.mark.parametrize("file", re.findall(r'^    "(\w+\.cu)": r"""', FILE.read_text(), re.MULTILINE))
+def test_a_gpu_gets_the_packages_kernels(written, file):
+    """The file leaves out comments, and branches of the preprocessor that no such GPU takes."""
+    chosen = {variant.architecture: variant for variant in variants() if variant.file == file}
+    if not nvrtc.of_wgmma():
+        chosen.pop("sm_90a", None)
+    for architecture, variant in chosen.items():
+        compiled = functools.partial(nvrtc.compile_ptx, variant, architecture or "compute_90")
+        try:
+            expected = compiled()
+        except BackendError:
+            pytest.skip("needs NVRTC")
+        with source.override(written.KERNELS):
+            assert compiled() == expected
 
 
 def test_parameters_and_inputs(written):

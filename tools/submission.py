@@ -11,6 +11,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 
@@ -38,6 +39,15 @@ IMPORTED = {"cupy_kernels.source.until_overridden": "from functools import cache
 
 # Not in docstrings and comments either, from which KernelBench's checker does not know code.
 _FORBIDDEN = re.compile(r"\b(try|except|pass|nn\.functional)\b")
+
+# Conditions of the preprocessor that hold, or do not, wherever the file's kernels are compiled.
+_KNOWN = {
+    "defined(CUPY_KERNELS_EMULATOR)": False,
+    "SM75": False,
+    "__CUDA_ARCH__ >= 750": True,
+    "__CUDA_ARCH__ >= 800": True,
+    "__CUDA_ARCH__ < 800": False,
+}
 
 # With its line, if nothing else is on it.
 _COMMENT = re.compile(r"^ *//.*\n| *//.*$", re.MULTILINE)
@@ -220,10 +230,57 @@ def _dict(files) -> str:
     while todo:
         file = todo.pop(0)
         if file not in texts:
-            texts[file] = _COMMENT.sub("", source.text(file)).lstrip("\n")
+            texts[file] = _pruned(_COMMENT.sub("", source.text(file))).lstrip("\n")
             todo += re.findall(r'^#include "(.+)"', texts[file], re.MULTILINE)
     items = (f'    "{file}": r"""{text}""",\n' for file, text in sorted(texts.items()))
     return "{\n" + "".join(items) + "}"
+
+
+def _pruned(text: str) -> str:
+    """A kernel file without the branches of the preprocessor that `_KNOWN` decides."""
+    kept, branches = [], []
+    for line in text.splitlines(keepends=True):
+        directive = re.match(r"#(if|ifdef|ifndef|elif|else|endif)\b *(.*)", line)
+        if not directive:
+            if all(branch.alive for branch in branches):
+                kept.append(line)
+            continue
+        word, condition = directive.groups()
+        if word.startswith("if"):
+            inside = all(branch.alive for branch in branches)
+            # Whether the lines that follow are kept, whether the #if itself is, and whether no other branch is.
+            branches.append(SimpleNamespace(alive=inside, written=False, decided=not inside))
+            condition = {"ifdef": f"defined({condition})", "ifndef": f"!defined({condition})"}.get(word, condition)
+        branch = branches[-1]
+        if word == "endif":
+            branches.pop()
+            if branch.written:
+                kept.append(line)
+            continue
+        if branch.decided:
+            branch.alive = False
+            continue
+        holds = _known(condition) if word != "else" else True
+        branch.alive, branch.decided = holds is not False, holds is True
+        if holds is True and branch.written:
+            kept.append("#else\n")
+        elif branch.alive and holds is not True:
+            kept.append(f"#{'elif' if branch.written else 'if'} {holds}\n")
+            branch.written = True
+    return "".join(kept)
+
+
+def _known(condition: str) -> bool | str:
+    """Whether a condition holds, or what is left of it to ask."""
+    left = []
+    for term in re.split(r" (&&|\|\|) ", condition):
+        value = _KNOWN.get(term.removeprefix("!"))
+        left.append(term if value is None else str(int(value != term.startswith("!"))))
+    condition = " ".join(left)
+    condition = re.sub(r"\b1 && | && 1\b|\b0 \|\| | \|\| 0\b", "", condition)
+    if "0 &&" in condition or condition == "0":
+        return False
+    return condition == "1" or condition
 
 
 def _sorted_imports(imports) -> list[str]:
