@@ -15,7 +15,7 @@ _NOTHING = f"nothing\nkinds of layers that can be replaced: {', '.join(layers.__
 
 
 class Replaced(NamedTuple):
-    """What `replace_layers` did; str() says it in words.
+    """What `replace_layers` did. It prints in words, also in a notebook.
 
     layers: the modules that are ours now, by name.
     kept: why other layers of these kinds remain as they were, by name.
@@ -26,7 +26,7 @@ class Replaced(NamedTuple):
     kept: dict[str, str]
     before: int
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         chains = [name for name, module in self.layers.items() if type(module) is Sequential]
         counts = Counter(type(module).__name__ for name, module in self.layers.items() if name not in chains)
         lines = ["replaced: " + (", ".join(f"{count} {name}" for name, count in counts.items()) or _NOTHING)]
