@@ -92,10 +92,13 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     for (unsigned i = 1; i < array_count && !ended(); i++)
         if (arrays[i].bytes && !arrays[i].initialised) check_written(arrays[i]), check_faults(arrays[i]);
     for (unsigned i = 1; i < array_count && !ended(); i++)
-        if (!arrays[i].constant) check_set(arrays[i], launch);
+        if (!arrays[i].constant && !launch.zeros) check_set(arrays[i], with_zeros[i]);
     for (unsigned i = 0; i < array_count; i++) {
-        if (i && arrays[i].bytes && !arrays[i].constant && !ended())
-            memcpy((void*)launch.words[i - 1], arrays[i].start, arrays[i].bytes);
+        __builtin_free(with_zeros[i]), with_zeros[i] = nullptr;
+        if (i && arrays[i].bytes && !arrays[i].constant && !ended()) {
+            if (launch.zeros) with_zeros[i] = (char*)__builtin_malloc(arrays[i].bytes);
+            memcpy(launch.zeros ? with_zeros[i] : (char*)launch.words[i - 1], arrays[i].start, arrays[i].bytes);
+        }
         release(i);
     }
     for (unsigned i = 0; i < variable_count; i++) take_smaller_words(variables[i]);
