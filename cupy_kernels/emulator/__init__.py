@@ -64,7 +64,7 @@ GCC_CHECKS = ("-fno-tree-tail-merge", "-fno-crossjumping")  # what two branches 
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-sanitize-trap=all")
 CLANG_CHECKS += ("-fno-sanitize=local-bounds", "-Wconditional-uninitialized", "-Wno-format-pedantic")
-CLANG_CHECKS += ("-Wno-gnu-inline-cpp-without-extern",)
+CLANG_CHECKS += ("-Wno-gnu-inline-cpp-without-extern", "-Wno-c2y-extensions")
 for _option in ("simplifycfg-hoist-common", "simplifycfg-sink-common", "enable-tail-merge"):
     CLANG_CHECKS += ("-mllvm", f"-{_option}=false")  # as GCC_CHECKS
 CLANG_CHECKS += ("-mllvm", "-inline-threshold=1000")  # a header's function that is called has not the caller's line
