@@ -246,8 +246,9 @@ def _of_nvrtc(kernel) -> str:
 def _run(packed) -> None:
     """Runs a launch, on copies of its arrays.
 
-    An array that the kernel declares neither `const` nor `INOUT` is an output, and must be written in full. Outputs are
-    copied back only if nothing failed. Raises EmulatorError for an error that the kernel made, KeyboardInterrupt.
+    An array that the kernel declares neither `const` nor `INOUT` is an output, and must be written in full, if it is no
+    workspace. Outputs are copied back only if nothing failed. Raises EmulatorError for an error that the kernel made,
+    KeyboardInterrupt.
     """
     step, limit = packed.step, _limit()
     parameters = (_Parameter * len(step.parameters))()
@@ -256,6 +257,7 @@ def _run(packed) -> None:
         if parameter.pointer:
             given.bytes, given.item = arg.size * arg.itemsize, arg.itemsize
             given.kind = 1 if parameter.const else 2 if parameter.inout else 3
+            given.kind += given.kind == 3 and parameter.name in source.workspaces(step.kernel.file)
     words = packed.words  # made by this, and alive until the kernel ends
     launch = _Launch(parameters, words.ctypes.data, len(parameters), step.grid, step.block, step.shared_bytes)
     launch.seed, launch.cooperative = _seed(), step.cooperative

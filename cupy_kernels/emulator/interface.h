@@ -42,7 +42,7 @@ struct Place {
 
 enum { MAX_THREADS = 1024 };
 struct Exchange { alignas(16) char bytes[64]; };
-enum Kind { SCALAR, INPUT, INOUT_, OUTPUT };
+enum Kind { SCALAR, INPUT, INOUT_, OUTPUT, WORKSPACE };  // WORKSPACE: an OUTPUT of which a part is written
 struct Parameter {
     const char* name;
     unsigned long long bytes;

@@ -64,9 +64,9 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
         placed &= place(i + 1, p.name, is_array ? launch.words[i] % 256 : 0, is_array ? p.bytes : 0, p.item);
         if (!is_array) continue;
         Array& a = arrays[i + 1];
-        a.constant = p.kind == INPUT, a.initialised = p.kind != OUTPUT;
-        if (a.initialised) memcpy(a.start, (void*)launch.words[i], a.bytes);
-        else memset(a.start, POISON, a.bytes);
+        a.constant = p.kind == INPUT, a.initialised = p.kind < OUTPUT;
+        if (p.kind == OUTPUT) memset(a.start, POISON, a.bytes);
+        else memcpy(a.start, (void*)launch.words[i], a.bytes);
         argument_words[i] = (u64)a.start;
     }
     array_count = launch.count + 1;
@@ -90,7 +90,10 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     run_blocks(launch.seed);
     auto ended = [] { return error[0] || only_locals; };
     for (unsigned i = 1; i < array_count && !ended(); i++)
-        if (arrays[i].bytes && !arrays[i].initialised) check_written(arrays[i]), check_faults(arrays[i]);
+        if (arrays[i].bytes && !arrays[i].initialised) {
+            if (launch.parameters[i - 1].kind == OUTPUT) check_written(arrays[i]);
+            check_faults(arrays[i]);
+        }
     for (unsigned i = 1; i < array_count && !ended(); i++)
         if (!arrays[i].constant && !launch.zeros) check_set(arrays[i], with_zeros[i]);
     for (unsigned i = 0; i < array_count; i++) {
