@@ -61,26 +61,23 @@ CODE = (".text", ".rodata")  # sections of a library
 WARNINGS = "cu_warnings"  # the section of a library that has what the compiler warned of
 MOST_STATIC_SHARED_BYTES = 48 << 10  # of a kernel, on every GPU
 GCC_CHECKS = ("-fno-tree-tail-merge", "-fno-crossjumping")  # what two branches have in common stays two operations
+_COUNTER = "-Wno-c2y-extensions"  # __COUNTER__ is one to clang 22
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-sanitize-trap=all")
-_COUNTS = "-Wno-c2y-extensions"  # to clang 22, __COUNTER__ is one
 CLANG_CHECKS += ("-fno-sanitize=local-bounds", "-Wconditional-uninitialized", "-Wno-format-pedantic")
-CLANG_CHECKS += ("-Wno-gnu-inline-cpp-without-extern", _COUNTS)
+CLANG_CHECKS += ("-Wno-gnu-inline-cpp-without-extern", _COUNTER)
 for _option in ("simplifycfg-hoist-common", "simplifycfg-sink-common", "enable-tail-merge"):
     CLANG_CHECKS += ("-mllvm", f"-{_option}=false")  # as GCC_CHECKS
 CLANG_CHECKS += ("-mllvm", "-inline-threshold=1000")  # a header's function that is called has not the caller's line
-# With these, a second library of an edited text finds accesses before and behind local variables: see locals.cpp.
 PRINTED_ALREADY = ("-Dprintf=emulator_printed_already",)
+# With these, a second library of an edited text finds accesses before and behind local variables: see locals.cpp.
 LOCALS = ("-fsanitize=kernel-address", "-fsanitize-address-use-after-scope", *CHECKS[1:], *PRINTED_ALREADY)
 GCC_LOCALS = ("-fasan-shadow-offset=0x1800000000", "-fno-aggressive-loop-optimizations")
 GCC_LOCALS += ("--param=asan-instrumentation-with-call-threshold=0", "--param=asan-stack=1", "--param=asan-globals=0")
 CLANG_LOCALS = "-asan-mapping-offset=0x1800000000 -asan-instrumentation-with-call-threshold=0 -asan-stack=1"
 CLANG_LOCALS = tuple(word for option in (CLANG_LOCALS + " -asan-globals=0").split() for word in ("-mllvm", option))
-CLANG_LOCALS += (
-    "-fno-sanitize-trap=all",
-    "-fno-sanitize=bounds",
-    _COUNTS,
-)  # bounds leaves out accesses by a wrong index
+CLANG_LOCALS += ("-fno-sanitize-trap=all", "-fno-sanitize=bounds")  # for it leaves out accesses by a wrong index
+CLANG_LOCALS += (_COUNTER,)
 _LOCALS = re.compile(rb"\d+(?: \d+ \d+ \d+ [^ \0]+)+\0")  # what such a library says of a function's local variables
 _PATH = re.compile("<([0-9a-f]+,[0-9a-f,]*)>")  # see path_of() of threads.cpp
 # What local variables are that nobody sets: a third library of an edited text has others, and memory.cpp compares
