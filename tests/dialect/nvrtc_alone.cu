@@ -1,5 +1,6 @@
 // NVRTC alone takes it: memory of its own (malloc, new), rare functions, votes without a mask (for which GPUs of today
-// have no instruction), std::initializer_list, and functions in place of CUDA's own other than min and max.
+// have no instruction), std::initializer_list, functions in place of CUDA's own other than min and max, and PTX, which
+// the emulator's compiler refuses behind all other errors.
 ;; float* p = (float*)malloc(16); free(p);
 ;; cudaError_t e = cudaSuccess;
 __managed__ float managed; ;; y[0] = managed;
@@ -13,3 +14,10 @@ __managed__ float managed; ;; y[0] = managed;
 ;; y[0] = __isConstant(&i);
 ;; y[0] = __vavgu4(u, u);
 __device__ float sqrt(float v) { return sqrtf(v); } ;; y[0] = sqrt(f);
+;; unsigned n; asm("mov.u32 %0, 1;" : "=r"(n)); y[0] = n;
+;; unsigned v; asm volatile("mov.u32 %0, %laneid;" : "=r"(v)); y[0] = v;
+;; float v; asm("ex2.approx.f32 %0, %1;" : "=f"(v) : "f"(f)); y[0] = v;
+;; unsigned v; asm("{.reg .b32 r; mov.b32 r, %1; add.u32 %0, r, 1;}" : "=r"(v) : "r"(i)); y[0] = v;
+;; unsigned v; asm("mov.u32 %0, %%laneid;" : "=r"(v)); y[0] = v;
+;; double v; asm("{.reg .f64 %%r; mov.f64 %%r, %1; mov.f64 %0, %%r;}" : "=d"(v) : "d"(d)); y[0] = v;
+;; unsigned v; asm("mov.u32 %0, %1;" : "=r"(v) : "h"((short)i)); y[0] = v;
