@@ -25,8 +25,8 @@ _NAMES = {
     "asm": "the emulator has no PTX: write `#ifndef CUPY_KERNELS_EMULATOR` around it, and the same in C++ for it",
 }
 _ASSEMBLY = (  # what g++, clang and the assembler say of PTX
-    "no such instruction|must specify a single register|invalid 'asm'|impossible constraint|inline assembly|constraint '.*' in asm|"
-    "invalid instruction mnemonic|unknown directive|invalid register name"
+    "no such instruction|must specify a single register|invalid 'asm'|impossible constraint|inline assembly|"
+    "constraint '.*' in asm|invalid instruction mnemonic|unknown directive|invalid register name"
 )
 _COMMON = "INOUT i64 u8 half_t bf16_t to_acc from_acc warp_sum warp_max block_sum is_nan is_finite"
 

@@ -35,9 +35,7 @@ extern "C" EXPORTED void* __tsan_memset(void* to, int value, size_t bytes) {
 extern "C" EXPORTED void __tsan_vptr_update(void* address, void*) {
     emulator::access<true>(address, sizeof(void*), CALLER);
 }
-extern "C" EXPORTED void __tsan_vptr_read(void* address) {
-    emulator::access<false>(address, sizeof(void*), CALLER);
-}
+extern "C" EXPORTED void __tsan_vptr_read(void* address) { emulator::access<false>(address, sizeof(void*), CALLER); }
 extern "C" EXPORTED void __tsan_init() {}
 extern "C" EXPORTED void __tsan_func_entry(void* caller) {
     emulator::Fiber& f = emulator::fibers[emulator::current];
