@@ -42,6 +42,11 @@ def of_message(message: str) -> str:
         return "a call is ambiguous: write 0.0f for 0 in max(x, 0) of a float x, and in from_acc<scalar_t>(0)"
     if re.search("Unresolved extern function '_Z[45]powi", message):
         return "NVRTC 11.8 has no pow with an int as exponent: write pow(x, 2.0f) or x * x"
+    if product := re.search(r"Unresolved extern function '_Z\d+(__dp4a|__dp2a_lo|__dp2a_hi)", message):
+        return (
+            f"NVRTC 11.8 has no {product[1]}: write out the sum of products, or install the extra cuda12 or cuda13, "
+            "whose NVRTC has it"
+        )
     if re.search("execution space annotations|annotation on lambda|lambda closure class", message):
         return (
             "write __device__ in front of each function, operator() and constructor that is no kernel, also where it "

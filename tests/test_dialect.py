@@ -158,6 +158,17 @@ def test_pow_of_an_int_needs_nvrtc_12(least_major, monkeypatch):
             assert nvrtc.check(Kernel("pow.cu", "line_0"))
 
 
+@pytest.mark.parametrize("call", ["__dp4a(i, i, i)", "__dp4a(u, u, u)", "__dp2a_lo(i, i, i)", "__dp2a_hi(i, i, i)"])
+def test_dot_products_of_parts_need_nvrtc_12(least_major, call):
+    with source.override({"dot.cu": f"{HEAD}{kernel(0, f'y[0] = {call};')}"}):
+        if least_major == 11:
+            message = rf"NVRTC 11.8 has no {call.partition('(')[0]}: write out .* cuda12 or cuda13"
+            with pytest.raises(KernelCompileError, match=message):
+                nvrtc.check(Kernel("dot.cu", "line_0"))
+        else:
+            assert nvrtc.check(Kernel("dot.cu", "line_0"))
+
+
 def test_values(device):
     values = VALUES if device == "cuda" else [pair for pair in VALUES if by_this_compiler([pair[:1]])]
     cases = "\n".join(f"case {n}: y[{n} * 32 + t] = {expression}; break;" for n, (expression, _) in enumerate(values))

@@ -1,6 +1,6 @@
 // NVRTC alone takes it: memory of its own (malloc, new), rare functions, votes without a mask (for which GPUs of today
-// have no instruction), std::initializer_list, functions in place of CUDA's own other than min and max, and PTX, which
-// the emulator's compiler refuses behind all other errors.
+// have no instruction), std::initializer_list, a switch that jumps over an initial value, functions in place of CUDA's
+// own other than min and max, and PTX, which the emulator's compiler refuses behind all other errors.
 ;; float* p = (float*)malloc(16); free(p);
 ;; cudaError_t e = cudaSuccess;
 __managed__ float managed; ;; y[0] = managed;
@@ -13,6 +13,15 @@ __managed__ float managed; ;; y[0] = managed;
 ;; __prof_trigger(1);
 ;; y[0] = __isConstant(&i);
 ;; y[0] = __vavgu4(u, u);
+;; y[0] = __vabs2(u) + __vsads2(u, u);
+;; y[0] = __vabs4(u);
+;; y[0] = __vneg4(u);
+;; y[0] = __vsads4(u, u);
+;; y[0] = __vhaddu4(u, u);
+;; y[0] = __fns(u, 0, 1);
+;; __barrier_sync(0);
+;; __barrier_sync_count(0, 64);
+;; switch (i) { case 0: int k = 1; y[0] = k; break; default: y[0] = 0; }
 __device__ float sqrt(float v) { return sqrtf(v); } ;; y[0] = sqrt(f);
 ;; unsigned n; asm("mov.u32 %0, 1;" : "=r"(n)); y[0] = n;
 ;; unsigned v; asm volatile("mov.u32 %0, %laneid;" : "=r"(v)); y[0] = v;
