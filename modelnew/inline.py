@@ -1,6 +1,7 @@
 """`operator`: a torch operator with autograd from a string of CUDA C, on a GPU or in the emulator."""
 
 import itertools
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from cupy_kernels import inspection
 from cupy_kernels.common import ceil_div
 from cupy_kernels.display import Rows
+from cupy_kernels.errors import EmulatorError
 from cupy_kernels.launch import launch
 
 from . import recorders
@@ -372,7 +374,8 @@ class Operator:
     def _start(self, name, scalar, values, facts):
         """Launches one kernel."""
         parameters = self.declared.parameters[name, scalar]
-        size = next(values[p.name].numel() for p in parameters if p.pointer and not p.const)
+        first = next(p.name for p in parameters if p.pointer and not p.const)
+        size = values[first].numel()
         numbers = {"size": size, **facts.numbers}
         args = [values[p.name] if p.pointer else numbers[p.name] for p in parameters]
         for p in parameters:
@@ -382,7 +385,14 @@ class Operator:
         grid = facts.grids.get(name) or (ceil_div(size, block), 1, 1)
         if 0 in grid and size:
             raise ValueError(f"grid= gave {grid} blocks for {name}, whose output has {size} elements: none would run")
-        run(_launch, self.declared.kernel[name, scalar], grid, block, self.options.shared, *args)
+        try:
+            run(_launch, self.declared.kernel[name, scalar], grid, block, self.options.shared, *args)
+        except EmulatorError as error:
+            unwritten = re.search(r"elements of its output (\w+) unwritten", str(error))
+            if name in facts.grids or not unwritten or unwritten[1] == first:
+                raise
+            ran = f"{grid[0]} block{'s' * (grid[0] > 1)} of {block} threads ran: size is that of {first}"
+            raise EmulatorError(f"{error}. {ran}; grid= sets another") from None
 
 
 def _workspace(shape, dtype, device):
