@@ -94,15 +94,18 @@ extern "C" EXPORTED void __ubsan_handle_type_mismatch_v1(Mismatch* what, void* a
 extern "C" EXPORTED void __ubsan_handle_out_of_bounds(Pair* what, size_t index) {
     if (!emulator::wrong_index.place) emulator::wrong_index = {CALLER, what->first->name, what->second->value(index)};
 }
+#define WAY_OUT "; i64 holds more, unsigned wraps around"
 #define OVERFLOW(which, sign) \
     extern "C" EXPORTED void __ubsan_handle_##which##_overflow(Overflow* what, size_t a, size_t b) { \
-        WRONG(": %lld " sign " %lld overflows %s", what->type->value(a), what->type->value(b), what->type->name); \
+        WRONG( \
+            ": %lld " sign " %lld overflows %s" WAY_OUT, what->type->value(a), what->type->value(b), \
+            what->type->name); \
     }
 OVERFLOW(add, "+")
 OVERFLOW(sub, "-")
 OVERFLOW(mul, "*")
 extern "C" EXPORTED void __ubsan_handle_negate_overflow(Overflow* what, size_t) {
-    WRONG(": a negation overflows %s", what->type->name);
+    WRONG(": a negation overflows %s" WAY_OUT, what->type->name);
 }
 extern "C" EXPORTED void __ubsan_handle_divrem_overflow(Overflow* what, size_t a, size_t b) {
     if (!what->type->value(b)) WRONG(" divides an integer by zero");
