@@ -24,6 +24,10 @@ _NAMES = {
     "malloc new": "the emulator has no memory of kernels' own: use __shared__, a local array, or an argument",
     "asm": "the emulator has no PTX: write `#ifndef CUPY_KERNELS_EMULATOR` around it, and the same in C++ for it",
 }
+_ASSEMBLY = (  # what g++, clang and the assembler say of PTX
+    "no such instruction|must specify a single register|invalid 'asm'|impossible constraint|inline assembly|"
+    "constraint '.*' in asm|invalid instruction mnemonic|unknown directive|invalid register name"
+)
 _COMMON = "INOUT i64 u8 half_t bf16_t to_acc from_acc warp_sum warp_max block_sum is_nan is_finite"
 
 
@@ -38,6 +42,11 @@ def of_message(message: str) -> str:
         return "a call is ambiguous: write 0.0f for 0 in max(x, 0) of a float x, and in from_acc<scalar_t>(0)"
     if re.search("Unresolved extern function '_Z[45]powi", message):
         return "NVRTC 11.8 has no pow with an int as exponent: write pow(x, 2.0f) or x * x"
+    if product := re.search(r"Unresolved extern function '_Z\d+(__dp4a|__dp2a_lo|__dp2a_hi)", message):
+        return (
+            f"NVRTC 11.8 has no {product[1]}: write out the sum of products, or install the extra cuda12 or cuda13, "
+            "whose NVRTC has it"
+        )
     if re.search("execution space annotations|annotation on lambda|lambda closure class", message):
         return (
             "write __device__ in front of each function, operator() and constructor that is no kernel, also where it "
@@ -45,7 +54,7 @@ def of_message(message: str) -> str:
         )
     if "without memory space annotations" in message:
         return "write __constant__ in front of a variable that stands outside of functions, or constexpr"
-    if "no such instruction" in message:
+    if re.search(_ASSEMBLY, message):
         return f"asm: {_NAMES['asm']}"
     missing = re.search("not (been )?declared|undeclared|is undefined|unknown type|not name a type", message)
     for name in re.findall(r"['\"]([A-Za-z_]\w*)", message):

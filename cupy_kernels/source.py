@@ -42,6 +42,7 @@ SCALARS = {dtype: name for name, dtype in DTYPES.items()}
 _overrides: dict[str, str] = {}
 _constants: dict[str, dict[str, str | int]] = {}
 _added: dict[str, str] = {}
+_workspaces: dict[str, frozenset[str]] = {}
 _until_overridden = []
 _lock = forks.lock()  # whoever holds it sees the same sources all the time
 _blocks = []  # the thread of each open block of `override`, the outermost first
@@ -196,15 +197,23 @@ def is_file(name: str) -> bool:
     return name.endswith((".cu", ".cuh"))
 
 
-def add(stem: str, text: str) -> str:
+def add(stem: str, text: str, workspaces: Iterable[str] = ()) -> str:
     """Adds `text` to the sources for the life of the process, and returns its file name: `stem` and a digest of `text`.
 
     Different texts never share a name. Adding a text again changes nothing. `names` and `digest` refer to the packaged
     files only.
+    workspaces: names of pointers whose memory kernels need not write in full.
     """
-    file = f"{stem}_{hashlib.sha256(text.encode()).hexdigest()[:8]}.cu"
-    _added[file] = text
+    workspaces = frozenset(workspaces)
+    digest = hashlib.sha256("\0".join([text, *sorted(workspaces)]).encode()).hexdigest()
+    file = f"{stem}_{digest[:8]}.cu"
+    _added[file], _workspaces[file] = text, workspaces
     return file
+
+
+def workspaces(file: str) -> frozenset[str]:
+    """The workspaces that `add` was told of."""
+    return _workspaces.get(file, frozenset())
 
 
 def names() -> list[str]:

@@ -1,6 +1,7 @@
 """`operator`: a torch operator with autograd from a string of CUDA C, on a GPU or in the emulator."""
 
 import itertools
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from cupy_kernels import inspection
 from cupy_kernels.common import ceil_div
 from cupy_kernels.display import Rows
+from cupy_kernels.errors import EmulatorError
 from cupy_kernels.launch import launch
 
 from . import recorders
@@ -92,7 +94,8 @@ def operator(
         tensor. Every other input must have the shape of the first, because kernels check no bounds.
     sizes: {name: function}. function(*arguments) returns the value of this number, such as the length of a row.
     workspace: {name: function}. A pointer to memory that lives for one call, in the shape that function(*arguments)
-        returns. One kernel writes it, and later ones read it. Forward and backward do not share workspaces.
+        returns. One kernel writes it, or a part of it, and later ones read what it wrote: to the emulator, the rest is
+        NaN, or -1. Forward and backward do not share workspaces.
     defaults: {number: value}, for arguments that may be left out.
     grid: grid(*arguments) returns the number of blocks, an int or up to three; or {kernel: function}. Default: one
         thread for each element of the first tensor that the kernel writes.
@@ -307,7 +310,8 @@ class Operator:
         declared, shapes, facts = self.declared, self.shapes(values), self.facts(values)
         for name, given in {**shapes, **facts.workspace}.items():
             if (name, scalar) in declared.dtypes:  # else it is the backward's
-                values[name] = torch.empty(given, dtype=declared.dtypes[name, scalar], device=device)
+                make = _workspace if name in facts.workspace else torch.empty
+                values[name] = make(given, dtype=declared.dtypes[name, scalar], device=device)
         for kernel in self.options.forward:
             self._start(kernel, scalar, values, facts)
         return facts
@@ -326,7 +330,7 @@ class Operator:
                     continue
                 if p.name in facts.workspace:
                     shape, device = facts.workspace[p.name], next(iter(tensors.values())).device
-                    scratch[p.name] = torch.empty(shape, dtype=TORCH[p.dtype], device=device)
+                    scratch[p.name] = _workspace(shape, dtype=TORCH[p.dtype], device=device)
                 else:
                     results[p.name] = tensors[p.name].clone() if p.inout else empty[p.name]()
             given = {**tensors, **scratch, **{name: results[name] for name in written if name in results}}
@@ -370,7 +374,8 @@ class Operator:
     def _start(self, name, scalar, values, facts):
         """Launches one kernel."""
         parameters = self.declared.parameters[name, scalar]
-        size = next(values[p.name].numel() for p in parameters if p.pointer and not p.const)
+        first = next(p.name for p in parameters if p.pointer and not p.const)
+        size = values[first].numel()
         numbers = {"size": size, **facts.numbers}
         args = [values[p.name] if p.pointer else numbers[p.name] for p in parameters]
         for p in parameters:
@@ -380,7 +385,22 @@ class Operator:
         grid = facts.grids.get(name) or (ceil_div(size, block), 1, 1)
         if 0 in grid and size:
             raise ValueError(f"grid= gave {grid} blocks for {name}, whose output has {size} elements: none would run")
-        run(_launch, self.declared.kernel[name, scalar], grid, block, self.options.shared, *args)
+        try:
+            run(_launch, self.declared.kernel[name, scalar], grid, block, self.options.shared, *args)
+        except EmulatorError as error:
+            unwritten = re.search(r"elements of its output (\w+) unwritten", str(error))
+            if name in facts.grids or not unwritten or unwritten[1] == first:
+                raise
+            ran = f"{grid[0]} block{'s' * (grid[0] > 1)} of {block} threads ran: size is that of {first}"
+            raise EmulatorError(f"{error}. {ran}; grid= sets another") from None
+
+
+def _workspace(shape, dtype, device):
+    """Memory for one call. To the emulator, what no kernel writes is a NaN, or -1."""
+    made = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu":
+        made.untyped_storage().fill_(0xFF)
+    return made
 
 
 def _without_memory(values):

@@ -102,7 +102,7 @@ class Declaration:
         defines = source.texts(options.defines)
         if unfinished := parsing.unfinished(options.text):
             raise ValueError(f"the text lacks the closing brace of {', '.join(unfinished)}")
-        self.file = source.add(self.name, options.text)
+        self.file = source.add(self.name, options.text, options.workspace)
         grid, mine = options.grid, (*options.forward, *self.kernels)
         self.grid = grid if isinstance(grid, dict) else dict.fromkeys(mine, grid) if grid else {}
         for name in (*mine, *self.grid):
@@ -179,7 +179,8 @@ class Declaration:
             self.dtypes.setdefault((name, scalar), TORCH[same.dtype])
         if name in options.workspace:
             if (p.const or p.inout) and name not in written:
-                raise ValueError(f"{kernel} reads the workspace {name}, which no kernel before it has written")
+                advice = ": leave out INOUT, a kernel need not write all of it" if p.inout else ""
+                raise ValueError(f"{kernel} reads the workspace {name}, which no kernel before it has written{advice}")
         elif (p.const or p.inout) and name not in written:
             if name not in self.tensors:
                 self.tensors.append(name)

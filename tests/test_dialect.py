@@ -75,6 +75,12 @@ def errors_of_emulator(lines, tmp_path):
     return blamed(log)
 
 
+def build(lines):
+    """Builds and loads what the emulator runs."""
+    with source.override({"lines.cu": unit(lines)}):
+        emulator.backend.compiled(Kernel("lines.cu", "line_0"))
+
+
 def errors_of_nvrtc(lines, least_major):
     wrong = set()
     for first in range(0, len(lines), 40):  # it gives up after 100 errors
@@ -114,6 +120,7 @@ def by_this_compiler(lines):
 def test_the_emulator_takes_what_is_taken(tmp_path):
     lines = by_this_compiler(taken())
     assert not [lines[number] for number in errors_of_emulator(lines, tmp_path)]
+    build(by_this_compiler(lines_of("taken")))
 
 
 @pytest.mark.parametrize("file", ["refused", "emulator_alone"])
@@ -126,9 +133,15 @@ def test_nvrtc_refuses(least_major, file):
 @pytest.mark.parametrize("file", ["refused", "nvrtc_alone"])
 def test_the_emulator_refuses(tmp_path, file):
     """And blames the line, no file of the emulator."""
-    lines = lines_of(file)
+    lines = [line for line in lines_of(file) if "asm" not in line[-1]]
     wrong = errors_of_emulator(lines, tmp_path)
     assert not [line for number, line in enumerate(lines) if number not in wrong]
+
+
+@pytest.mark.parametrize("line", [line for line in lines_of("nvrtc_alone") if "asm" in line[-1]])
+def test_ptx(line):
+    with pytest.raises(KernelCompileError, match="asm: the emulator has no PTX"):
+        build([line])
 
 
 def test_what_one_alone_takes(least_major, tmp_path):
@@ -143,6 +156,17 @@ def test_pow_of_an_int_needs_nvrtc_12(least_major, monkeypatch):
                 nvrtc.check(Kernel("pow.cu", "line_0"))
         else:
             assert nvrtc.check(Kernel("pow.cu", "line_0"))
+
+
+@pytest.mark.parametrize("call", ["__dp4a(i, i, i)", "__dp4a(u, u, u)", "__dp2a_lo(i, i, i)", "__dp2a_hi(i, i, i)"])
+def test_dot_products_of_parts_need_nvrtc_12(least_major, call):
+    with source.override({"dot.cu": f"{HEAD}{kernel(0, f'y[0] = {call};')}"}):
+        if least_major == 11:
+            message = rf"NVRTC 11.8 has no {call.partition('(')[0]}: write out .* cuda12 or cuda13"
+            with pytest.raises(KernelCompileError, match=message):
+                nvrtc.check(Kernel("dot.cu", "line_0"))
+        else:
+            assert nvrtc.check(Kernel("dot.cu", "line_0"))
 
 
 def test_values(device):

@@ -120,7 +120,7 @@ def test_ziglang(monkeypatch, fresh, x, y, chosen):
 def libraries(folder):
     """Those in it. Beside them are others that look at local variables, and marks of texts that NVRTC takes."""
     kinds = [path.suffix for path in folder.iterdir()]
-    assert set(kinds) <= {".so", ".locals", ".checked"}
+    assert set(kinds) <= {".so", ".locals", ".zeros", ".checked"}
     return [path for path in folder.iterdir() if path.suffix == ".so"]
 
 

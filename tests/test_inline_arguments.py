@@ -271,6 +271,43 @@ def test_kernels_in_order(device):
         operator(SUM, ())
 
 
+COMPACT = """#include "common.cuh"
+extern "C" __global__ void positive(const float* x, float* found, int* count, i64 n) {
+    if (threadIdx.x) return;
+    int c = 0;
+    for (i64 i = 0; i < n; i++)
+        if (x[i] > 0) found[c++] = x[i];
+    count[0] = c;
+}
+extern "C" __global__ void at_front(const float* found, const int* count, float* y, i64 size) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < size) y[i] = READ ? found[i] : 0;
+}"""
+
+
+def compact(text):
+    return operator(
+        text,
+        ("positive", "at_front"),
+        workspace={"found": lambda x: x.shape, "count": lambda x: (1,)},
+        sizes={"n": len},
+        grid={"positive": lambda x: 1},
+    )
+
+
+def test_a_workspace_that_is_filled_in_part(device):
+    x = torch.randn(100, device=device)
+    positive = x[x > 0]
+    y = compact(COMPACT.replace("READ", "i < count[0]"))(x)
+    torch.testing.assert_close(y, torch.nn.functional.pad(positive, (0, len(x) - len(positive))))
+    if device == "cpu":
+        y = compact(COMPACT.replace("READ", "true"))(x)
+        assert y[len(positive) :].isnan().all()
+    message = "positive reads the workspace found, which no kernel before it has written: leave out INOUT"
+    with pytest.raises(ValueError, match=message):
+        compact(COMPACT.replace("float* found", "INOUT float* found", 1))
+
+
 def test_dynamic_shared_memory(device):
     rows = torch.randn(5, 64, device=device)
     for bytes_each, dtype in ((4, torch.float32), (8, torch.float64), (800, torch.float32)):  # the last: 50 KiB

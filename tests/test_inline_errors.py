@@ -42,6 +42,19 @@ def test_a_text_that_does_not_compile(statement):
     assert not re.search(INTERNAL, str(error.value))
 
 
+def test_a_grid_that_follows_another_tensor():
+    """The first tensor that the kernel writes is a flag."""
+    text = TEXT.replace("scalar_t* y", "INOUT int* flag, scalar_t* y").replace("STATEMENT", "y[i] = x[i];")
+    x, flag = torch.ones(1000), torch.zeros(1, dtype=torch.int32)
+    options = {"shapes": {"flag": None}, "sizes": {"size": lambda x, flag: x.numel()}}
+    message = r"744 of 1000 .* y unwritten.*\. 1 block of 256 threads ran: size is that of flag; grid= sets another$"
+    with pytest.raises(EmulatorError, match=message):
+        operator(text, "f", **options)(x, flag)
+    assert (operator(text, "f", **options, grid=lambda x, flag: 4)(x, flag)[1] == 1).all()
+    with pytest.raises(EmulatorError, match=r"flat index 512$"):
+        operator(text, "f", **options, grid=lambda x, flag: 2)(x, flag)
+
+
 def test_a_launch_that_fails():
     function = operator(TEXT.replace("STATEMENT", "atomicAdd((float*)&y[i], 1.0f);"), "f")
     with pytest.raises(EmulatorError, match=r"reads y\[\d\], which nobody has written") as error:

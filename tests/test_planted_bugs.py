@@ -22,7 +22,8 @@ from cupy_kernels.source import Kernel
 
 FOLDER = Path(__file__).parent / "planted_bugs"
 CLASSES = """alignment async_copies barriers bounds bulk_copies grid_barriers launch_sizes local_memory mbarriers
-    mbarriers_of_wgmma numbers outputs races shared_of_functions unwritten_memory warp_operations wgmma"""
+    mbarriers_of_wgmma numbers outputs races shared_of_functions unset_variables unwritten_memory warp_operations
+    wgmma"""
 DEFAULT = {"x": "1000", "y": "1000", "grid": "4", "block": "256", "shared": "0"}
 
 

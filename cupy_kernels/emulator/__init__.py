@@ -56,27 +56,34 @@ CHECKS += ("-fno-finite-loops", *LINES)
 CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the extensions that host compilers have
 # Reads and writes of an array by a pointer that has left it. The package's own kernels do without: it takes time.
 CHECKS_OF_EDITS = ("-fsanitize=object-size", "-Wuninitialized")
+GCC_CHECKS_OF_EDITS = ("-Wmaybe-uninitialized",)  # clang has -Wconditional-uninitialized in its place
+CODE = (".text", ".rodata")  # sections of a library
 WARNINGS = "cu_warnings"  # the section of a library that has what the compiler warned of
 MOST_STATIC_SHARED_BYTES = 48 << 10  # of a kernel, on every GPU
 GCC_CHECKS = ("-fno-tree-tail-merge", "-fno-crossjumping")  # what two branches have in common stays two operations
+_COUNTER = "-Wno-c2y-extensions"  # __COUNTER__ is one to clang 22
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-sanitize-trap=all")
 CLANG_CHECKS += ("-fno-sanitize=local-bounds", "-Wconditional-uninitialized", "-Wno-format-pedantic")
-CLANG_CHECKS += ("-Wno-gnu-inline-cpp-without-extern",)
+CLANG_CHECKS += ("-Wno-gnu-inline-cpp-without-extern", _COUNTER)
 for _option in ("simplifycfg-hoist-common", "simplifycfg-sink-common", "enable-tail-merge"):
     CLANG_CHECKS += ("-mllvm", f"-{_option}=false")  # as GCC_CHECKS
 CLANG_CHECKS += ("-mllvm", "-inline-threshold=1000")  # a header's function that is called has not the caller's line
+PRINTED_ALREADY = ("-Dprintf=emulator_printed_already",)
 # With these, a second library of an edited text finds accesses before and behind local variables: see locals.cpp.
-LOCALS = ("-fsanitize=kernel-address", "-fsanitize-address-use-after-scope", *CHECKS[1:])
-LOCALS += ("-Dprintf=emulator_printed_already",)
+LOCALS = ("-fsanitize=kernel-address", "-fsanitize-address-use-after-scope", *CHECKS[1:], *PRINTED_ALREADY)
 GCC_LOCALS = ("-fasan-shadow-offset=0x1800000000", "-fno-aggressive-loop-optimizations")
 GCC_LOCALS += ("--param=asan-instrumentation-with-call-threshold=0", "--param=asan-stack=1", "--param=asan-globals=0")
 CLANG_LOCALS = "-asan-mapping-offset=0x1800000000 -asan-instrumentation-with-call-threshold=0 -asan-stack=1"
 CLANG_LOCALS = tuple(word for option in (CLANG_LOCALS + " -asan-globals=0").split() for word in ("-mllvm", option))
 CLANG_LOCALS += ("-fno-sanitize-trap=all", "-fno-sanitize=bounds")  # for it leaves out accesses by a wrong index
+CLANG_LOCALS += (_COUNTER,)
 _LOCALS = re.compile(rb"\d+(?: \d+ \d+ \d+ [^ \0]+)+\0")  # what such a library says of a function's local variables
 _PATH = re.compile("<([0-9a-f]+,[0-9a-f,]*)>")  # see path_of() of threads.cpp
-UNSET = "-ftrivial-auto-var-init=pattern"  # what memory.cpp looks for in outputs; gcc 12 and newer, clang
+# What local variables are that nobody sets: a third library of an edited text has others, and memory.cpp compares
+# outputs. gcc 12 and clang 16 know these options.
+UNSET = "-ftrivial-auto-var-init=pattern"
+ZEROS = ("-ftrivial-auto-var-init=zero", *PRINTED_ALREADY)
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 
 # What g++ and clang++ say of a line of the text, and the assembler of one of its own; not of a file they cannot write.
@@ -148,6 +155,7 @@ class _Launch(ctypes.Structure):
         ("variable_count", ctypes.c_uint),
         ("cooperative", ctypes.c_bool),
         ("only_locals", ctypes.c_bool),
+        ("zeros", ctypes.c_bool),
         ("same", _Same),
     )
 
@@ -172,10 +180,12 @@ class Emulator(Backend):
         _runtime()  # whose functions the library calls
         edited, stem, text = not is_packaged(kernel), Path(kernel.file).stem, _translation_unit(kernel)
         checks = CHECKS + CHECKS_OF_EDITS * edited + (UNSET,) * _fills_locals()
-        checks += CLANG_CHECKS if _is_clang() else GCC_CHECKS
+        checks += CLANG_CHECKS if _is_clang() else GCC_CHECKS + GCC_CHECKS_OF_EDITS * edited
         locals_checks = LOCALS + (CLANG_LOCALS if _is_clang() else GCC_LOCALS)
-        with ThreadPoolExecutor(1) as beside:
-            second = beside.submit(_library, stem, text, locals_checks, kernel, "locals") if edited else None
+        kinds = {"zeros": (*checks, *ZEROS)} if edited and _fills_locals() else {}
+        kinds |= {"locals": locals_checks} if edited else {}
+        with ThreadPoolExecutor(2) as beside:
+            others = {kind: beside.submit(_library, stem, text, kinds[kind], kernel, kind) for kind in kinds}
             try:
                 library = _library(stem, text, checks, kernel)
             except KernelCompileError as error:
@@ -187,13 +197,17 @@ class Emulator(Backend):
                 raise KernelCompileError(f"NVRTC {nvrtc.version()}, which compiles for GPUs: {error}") from None
         built, entries = Path(library._name).read_bytes(), declarations(unit_of_file(kernel))
         found = _entries(library, built, entries)
-        if second:
-            locals_built = Path(second.result()._name).read_bytes()
-            _entries(second.result(), locals_built, entries)
-            for name in entries:
-                if _LOCALS.search(elf.section(locals_built, ".rodata")):
+        for kind, other in others.items():
+            other_built = Path(other.result()._name).read_bytes()
+            if kind == "locals":
+                differs = _LOCALS.search(elf.section(other_built, ".rodata"))
+            else:
+                differs = any(elf.section(built, name) != elf.section(other_built, name) for name in CODE)
+            if differs:
+                _entries(other.result(), other_built, entries, kind)
+                for name in entries:
                     whole = getattr(library, f"emulator_{name}")
-                    whole.runs = (getattr(second.result(), f"emulator_{name}"), whole)
+                    whole.runs = (getattr(other.result(), f"emulator_{name}"), *whole.runs)
         shared = [v.bytes for v in found if v.shared]
         needed = sum(shared) if len(entries) == 1 else max(shared, default=0)
         if needed > MOST_STATIC_SHARED_BYTES:
@@ -210,7 +224,7 @@ class Emulator(Backend):
 backend = Emulator()
 
 
-def _entries(library, built, names) -> list[elf.Variable]:
+def _entries(library, built, names, kind="so") -> list[elf.Variable]:
     """Tells the functions of a library, whose bytes are `built`, what they return and which variables there are."""
     found = elf.variables(built)
     table = (_Variable * len(found))(*((v.name.encode(), *v[1:]) for v in found))
@@ -218,7 +232,7 @@ def _entries(library, built, names) -> list[elf.Variable]:
     for name in names:
         entry = getattr(library, f"emulator_{name}")
         entry.restype, entry.variables, entry.built = ctypes.c_char_p, table, built
-        entry.same, entry.runs = same, (entry,)
+        entry.same, entry.runs, entry.kind = same, (entry,), kind
     return found
 
 
@@ -234,8 +248,9 @@ def _of_nvrtc(kernel) -> str:
 def _run(packed) -> None:
     """Runs a launch, on copies of its arrays.
 
-    An array that the kernel declares neither `const` nor `INOUT` is an output, and must be written in full. Outputs are
-    copied back only if nothing failed. Raises EmulatorError for an error that the kernel made, KeyboardInterrupt.
+    An array that the kernel declares neither `const` nor `INOUT` is an output, and must be written in full, if it is no
+    workspace. Outputs are copied back only if nothing failed. Raises EmulatorError for an error that the kernel made,
+    KeyboardInterrupt.
     """
     step, limit = packed.step, _limit()
     parameters = (_Parameter * len(step.parameters))()
@@ -244,6 +259,7 @@ def _run(packed) -> None:
         if parameter.pointer:
             given.bytes, given.item = arg.size * arg.itemsize, arg.itemsize
             given.kind = 1 if parameter.const else 2 if parameter.inout else 3
+            given.kind += given.kind == 3 and parameter.name in source.workspaces(step.kernel.file)
     words = packed.words  # made by this, and alive until the kernel ends
     launch = _Launch(parameters, words.ctypes.data, len(parameters), step.grid, step.block, step.shared_bytes)
     launch.seed, launch.cooperative = _seed(), step.cooperative
@@ -251,7 +267,7 @@ def _run(packed) -> None:
     with _one_at_a_time, _time_limit(limit):
         for entry in whole.runs:
             launch.variables, launch.variable_count = entry.variables, len(entry.variables)
-            launch.only_locals, launch.same = entry is not whole, entry.same
+            launch.only_locals, launch.zeros, launch.same = entry.kind == "locals", entry.kind == "zeros", entry.same
             if failure := entry(ctypes.byref(launch)):
                 break
     if not failure:
@@ -372,9 +388,12 @@ def _is_clang() -> bool:
 
 @functools.cache
 def _fills_locals() -> bool:
-    """Whether the compiler can give a pattern to local variables that nobody sets."""
-    command = [*compiler(), UNSET, "-x", "c++", "-fsyntax-only", os.devnull]
-    return subprocess.run(command, capture_output=True).returncode == 0
+    """Whether the compiler can give a pattern, and zeros, to local variables that nobody sets."""
+    with tempfile.TemporaryDirectory() as scratch:
+        text, built = Path(scratch, "empty.cpp"), Path(scratch, "empty.o")
+        text.touch()
+        command = [*compiler(), UNSET, ZEROS[0], "-c", str(text), "-o", str(built)]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
 
 @functools.cache

@@ -170,7 +170,7 @@ static void run_blocks(unsigned long long seed) {
     block_epoch = 0;
     released = acquired = false;
     release_count = 0;
-    sums_count = 0, fault_count = 1;
+    sums_count = 0, fault_count = 1, ticked = 0;
     if (wide) memset((void*)fibers, 0, sizeof fibers);  // what threads of the last launch have seen
     mbarrier_count = bulk_copy_count = 0, wide = false;
     racing_read_count = 0, wrong_index.place = nullptr;

@@ -100,18 +100,18 @@ template <class T> constexpr T&& forward(typename emulator::Referred<T>::type&& 
 #include "mathematics.h"
 
 extern "C" int printf(const char*, ...);
-extern "C" long clock(void);
-static inline long long clock64() { return clock(); }
-static inline void __nanosleep(unsigned) {}
-static inline void __brkpt() {}
 
 #include "interface.h"
+static inline void __nanosleep(unsigned) {}
+static inline void __brkpt() {}
 #include "intrinsics.h"
 #include "atomics.h"
 #include "warps.h"
 
 // What the compilers do not check: copies that do not become one access, and functions of the host's library.
 #ifndef EMULATOR_RUNTIME
+static inline clock_t clock() { return emulator::ticks(); }
+static inline long long clock64() { return clock(); }
 #define EMULATOR_INSTEAD extern "C" inline __attribute__((gnu_inline, always_inline))
 EMULATOR_INSTEAD void* memcpy(void* to, const void* from, size_t bytes) {
     emulator::reads(from, bytes), emulator::writes(to, bytes);

@@ -42,7 +42,7 @@ struct Place {
 
 enum { MAX_THREADS = 1024 };
 struct Exchange { alignas(16) char bytes[64]; };
-enum Kind { SCALAR, INPUT, INOUT_, OUTPUT };
+enum Kind { SCALAR, INPUT, INOUT_, OUTPUT, WORKSPACE };  // WORKSPACE: an OUTPUT of which a part is written
 struct Parameter {
     const char* name;
     unsigned long long bytes;
@@ -64,6 +64,7 @@ struct Launch {
     unsigned variable_count;
     bool cooperative;
     bool only_locals;  // see locals.cpp
+    bool zeros;  // its local variables that nobody sets are 0: see check_set() of memory.cpp
     bool (*same)(const char* path, const char* other);  // whether two paths are of one operation: see threads.cpp
 };
 struct Image { char *start, *end; };  // a library's memory
@@ -82,6 +83,7 @@ bool warp_barrier(unsigned mask, Place place, bool synchronises);
 unsigned active_lanes(Place place);
 bool is_shared(const void* address);
 bool is_global(const void* address);
+long ticks();  // a clock that goes as fast in each run of a launch
 void set_rounding(int mode);  // 0 to nearest, 1 to zero, 2 up, 3 down
 void read_any(const void* address, size_t bytes);
 void reads(const void* address, size_t bytes);

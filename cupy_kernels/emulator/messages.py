@@ -10,12 +10,18 @@ _SNIPPET = re.compile(r"^\s*\d* \|")
 _ELSEWHERE = re.compile(r"note: '.*' is defined in header|inlined from .* at (?:\S*/)?emulator_entries:")
 _POISONED = re.compile(r"attempt to use (?:a poisoned identifier|poisoned \"(\w+)\")")
 _UNSET = re.compile(r"^(\S+?:\d+):\d+: warning: (?:variable )?'(\w+)' .*uninitialized", re.MULTILINE)
+_DECLARED = re.compile(r"^(\S+?:\d+):\d+: note: '\w+' was declared here", re.MULTILINE)
 
 
 def unset(log: str) -> list[str]:
     """What a host compiler's log says of local variables that may be read before they are set: "file:line:what"."""
-    found = (f"{place}:{name} may be read before it is set" for place, name in _UNSET.findall(log))
-    return [said for said in dict.fromkeys(found) if not is_internal(said)]
+    said = []
+    for found in _UNSET.finditer(log):
+        place, declared = found[1], _DECLARED.search(log, found.end())
+        if is_internal(place) and declared:  # a function of CUDA's reads it
+            place = declared[1]
+        said.append(f"{place}:{found[2]} may be read before it is set")
+    return [what for what in dict.fromkeys(said) if not is_internal(what)]
 
 
 def of_view(message: str, addresses: dict[str, int]) -> str:

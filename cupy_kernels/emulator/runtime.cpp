@@ -64,9 +64,9 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
         placed &= place(i + 1, p.name, is_array ? launch.words[i] % 256 : 0, is_array ? p.bytes : 0, p.item);
         if (!is_array) continue;
         Array& a = arrays[i + 1];
-        a.constant = p.kind == INPUT, a.initialised = p.kind != OUTPUT;
-        if (a.initialised) memcpy(a.start, (void*)launch.words[i], a.bytes);
-        else memset(a.start, POISON, a.bytes);
+        a.constant = p.kind == INPUT, a.initialised = p.kind < OUTPUT;
+        if (p.kind == OUTPUT) memset(a.start, POISON, a.bytes);
+        else memcpy(a.start, (void*)launch.words[i], a.bytes);
         argument_words[i] = (u64)a.start;
     }
     array_count = launch.count + 1;
@@ -90,12 +90,18 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     run_blocks(launch.seed);
     auto ended = [] { return error[0] || only_locals; };
     for (unsigned i = 1; i < array_count && !ended(); i++)
-        if (arrays[i].bytes && !arrays[i].initialised) check_written(arrays[i]), check_faults(arrays[i]);
+        if (arrays[i].bytes && !arrays[i].initialised) {
+            if (launch.parameters[i - 1].kind == OUTPUT) check_written(arrays[i]);
+            check_faults(arrays[i]);
+        }
     for (unsigned i = 1; i < array_count && !ended(); i++)
-        if (!arrays[i].constant) check_set(arrays[i], launch);
+        if (!arrays[i].constant && !launch.zeros) check_set(arrays[i], with_zeros[i]);
     for (unsigned i = 0; i < array_count; i++) {
-        if (i && arrays[i].bytes && !arrays[i].constant && !ended())
-            memcpy((void*)launch.words[i - 1], arrays[i].start, arrays[i].bytes);
+        __builtin_free(with_zeros[i]), with_zeros[i] = nullptr;
+        if (i && arrays[i].bytes && !arrays[i].constant && !ended()) {
+            if (launch.zeros) with_zeros[i] = (char*)__builtin_malloc(arrays[i].bytes);
+            memcpy(launch.zeros ? with_zeros[i] : (char*)launch.words[i - 1], arrays[i].start, arrays[i].bytes);
+        }
         release(i);
     }
     for (unsigned i = 0; i < variable_count; i++) take_smaller_words(variables[i]);

@@ -31,6 +31,11 @@ extern "C" EXPORTED void* __tsan_memset(void* to, int value, size_t bytes) {
     emulator::access<true>(to, bytes, CALLER);
     return memset(to, value, bytes);
 }
+// g++'s, of an object's pointer to its virtual functions, which its constructor sets.
+extern "C" EXPORTED void __tsan_vptr_update(void* address, void*) {
+    emulator::access<true>(address, sizeof(void*), CALLER);
+}
+extern "C" EXPORTED void __tsan_vptr_read(void* address) { emulator::access<false>(address, sizeof(void*), CALLER); }
 extern "C" EXPORTED void __tsan_init() {}
 extern "C" EXPORTED void __tsan_func_entry(void* caller) {
     emulator::Fiber& f = emulator::fibers[emulator::current];
@@ -89,15 +94,18 @@ extern "C" EXPORTED void __ubsan_handle_type_mismatch_v1(Mismatch* what, void* a
 extern "C" EXPORTED void __ubsan_handle_out_of_bounds(Pair* what, size_t index) {
     if (!emulator::wrong_index.place) emulator::wrong_index = {CALLER, what->first->name, what->second->value(index)};
 }
+#define WAY_OUT "; i64 holds more, unsigned wraps around"
 #define OVERFLOW(which, sign) \
     extern "C" EXPORTED void __ubsan_handle_##which##_overflow(Overflow* what, size_t a, size_t b) { \
-        WRONG(": %lld " sign " %lld overflows %s", what->type->value(a), what->type->value(b), what->type->name); \
+        WRONG( \
+            ": %lld " sign " %lld overflows %s" WAY_OUT, what->type->value(a), what->type->value(b), \
+            what->type->name); \
     }
 OVERFLOW(add, "+")
 OVERFLOW(sub, "-")
 OVERFLOW(mul, "*")
 extern "C" EXPORTED void __ubsan_handle_negate_overflow(Overflow* what, size_t) {
-    WRONG(": a negation overflows %s", what->type->name);
+    WRONG(": a negation overflows %s" WAY_OUT, what->type->name);
 }
 extern "C" EXPORTED void __ubsan_handle_divrem_overflow(Overflow* what, size_t a, size_t b) {
     if (!what->type->value(b)) WRONG(" divides an integer by zero");

@@ -175,6 +175,9 @@ bool is_global(const void* address) {
     return array ? !array->shared : in_image((const char*)address);
 }
 
+static long ticked;
+long ticks() { return ticked += 100; }
+
 void set_rounding(int mode) {
     static const int modes[] = {FE_TONEAREST, FE_TOWARDZERO, FE_UPWARD, FE_DOWNWARD};
     fesetround(modes[mode]);

@@ -128,7 +128,6 @@ __device__ int plus1(int v) { return v + 1; } ;; int (*fn)(int) = plus1; y[0] = 
 ;; printf("%s %lld %p\n", "a", l, pf);
 ;; printf("%d\n");
 ;; clock_t c = clock(); long long c2 = clock64(); y[0] = c + c2;
-;; unsigned n; asm("mov.u32 %0, 1;" : "=r"(n)); y[0] = n;
 ;; y[0] = threadIdx.x + blockIdx.z + gridDim.z + blockDim.z;
 ;; dim3 d3(1, 2); uint3 u3 = d3; y[0] = u3.y;
 ;; float4 a = {1, 2, 3, 4}, b = a; b.x = a.w; y[0] = b.x;
@@ -213,6 +212,7 @@ template <bool B, class T = void> struct En {}; template <class T> struct En<tru
 template <template <class> class C, class T> __device__ T through(C<T> c) { return c.v; } template <class T> struct Box { T v; }; ;; y[0] = through(Box<float>{f});
 struct Base { int a; __device__ Base(int a = 1) : a(a) {} }; struct Der : Base { using Base::Base; __device__ int get() { return a; } }; ;; Der q(3); y[0] = q.get();
 struct Base2 { __device__ virtual int f() { return 1; } }; struct Der2 : Base2 { __device__ int f() override { return 2; } }; ;; Der2 q; Base2* p = &q; y[0] = p->f();
+struct Base3 { int a; __device__ Base3() : a(f()) {} __device__ virtual ~Base3() { a = f(); } __device__ virtual int f() { return 1; } }; struct Der3 : Base3 { __device__ int f() override { return 2; } }; ;; Der3 q; Base3* p = &q; y[0] = p->f() + q.a;
 struct Raii { int* p; __device__ Raii(int* p) : p(p) { *p = 1; } __device__ ~Raii() { *p = 2; } }; ;; { Raii r(pi); } y[0] = pi[0];
 struct Conv { __device__ operator float() const { return 2; } }; ;; y[0] = Conv() + 1;
 struct Cmp { int a; __device__ friend bool operator==(Cmp x, Cmp z) { return x.a == z.a; } }; ;; y[0] = Cmp{1} == Cmp{1};
@@ -250,8 +250,6 @@ template <class T, int W> struct alignas(sizeof(T) * W) Pack { T v[W]; }; ;; aut
 ;; again: if (i < 0) { i++; goto again; } y[0] = i;
 ;; switch (t % 3) { case 0: { int k = 1; y[0] = k; break; } default: y[0] = 2; case 2:; }
 ;; switch (int k = t; k) { case 0: [[fallthrough]]; case 1: y[0] = k; }
-;; unsigned v; asm volatile("mov.u32 %0, %laneid;" : "=r"(v)); y[0] = v;
-;; float v; asm("ex2.approx.f32 %0, %1;" : "=f"(v) : "f"(f)); y[0] = v;
 ;; bf16_t b = from_acc<bf16_t>(f); y[0] = to_acc(b) + b.bits;
 ;; float4 a{}; a.z = 2; float2 b = {a.x, a.z}; y[0] = b.y;
 ;; float1 a = make_float1(f); y[0] = a.x;

@@ -1,5 +1,5 @@
 //// an index that int does not hold
-// error: overflows 'int'
+// error: overflows 'int'; i64 holds more, unsigned wraps around
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
