@@ -100,7 +100,10 @@ def caches() -> Caches:
 
 
 def remember(known: dict, key, value) -> None:
-    """Sets known[key] = value. If the cache is full, the oldest entry is dropped."""
+    """Sets known[key] = value. If the cache is full, the oldest entry is dropped.
+
+    Not the one that was used least recently: to move an entry at each call would cost every call.
+    """
     if len(known) >= _MOST_KNOWN:
         known.pop(next(iter(known)), None)
     known[key] = value
