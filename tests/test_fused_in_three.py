@@ -13,7 +13,7 @@ from faults import planted
 from torch import nn
 
 import modelnew
-from cupy_kernels.errors import UnsupportedError
+from cupy_kernels.errors import EmulatorError, UnsupportedError
 from modelnew import explain, functional, layers, numerics, parity
 from modelnew.functional.bn_pool import bn_activation_max_pool2d
 from modelnew.functional.max_pool import pool_of
@@ -348,7 +348,7 @@ def step(model, x):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("? at : tap; }", "&& at ? at : tap; }"),
+        ("? at : tap; }", "&& at ? at : tap; }"),  # leaves some taps unset, which the emulator sees
         ("squares += other.squares + distance", "squares += other.squares + 0 * distance"),
         ("xhat * mean_dot[s]", "0.9f * xhat * mean_dot[s]"),
         ("2 * (BESIDE - i)", "2 * (BESIDE - i) + (i == 1)"),
@@ -356,5 +356,5 @@ def step(model, x):
 )
 def test_a_fault_is_found(old, new):
     theirs, ours, x = pair("k5s1, padded windows", "cpu")
-    with planted("bn_pool.cu", (old, new)), pytest.raises(AssertionError):
+    with planted("bn_pool.cu", (old, new)), pytest.raises((AssertionError, EmulatorError)):
         judge(theirs, ours, x, parity.NEAR_TIE["fp32"])
