@@ -298,7 +298,8 @@ def planned():
     thread = threading.get_ident()
     before, _planning[thread] = _planning.get(thread), []
     try:
-        yield _planning[thread]
+        with torch.autograd.set_multithreading_enabled(False):  # a GPU's backward would run, and launch, in another
+            yield _planning[thread]
     finally:
         del _planning[thread]
         if before is not None:

@@ -65,7 +65,6 @@ def planned_kernels(module: nn.Module, x: torch.Tensor) -> tuple[list, list]:
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(recorded),
-        torch.autograd.set_multithreading_enabled(False),  # plans are the thread's
         torch.random.fork_rng(gpus),
     ):
         leaf = (x.clone() if x.is_inference() else x).detach().requires_grad_(x.is_floating_point())
