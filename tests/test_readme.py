@@ -223,6 +223,19 @@ SCALING = {
         for what, gpus, ms in (("alone", 1, 1.0), ("ddp", 2, 1.25))
     ],
 }
+KERNELBENCH = {
+    "command": "python3 -m tools.kernelbench_eval ../KernelBench",
+    "versions": VERSIONS,
+    "digest": "0123456789abcdef",
+    "commit": "fedcba9876543210",
+    "trials": 100,
+    "static_errors": ["one", "two"],
+    "gradient_errors": {"x": [0.03, 0.02], "batch_norm.bias": [0.01, 0.02]},
+    "rows": [
+        {"correct": correct, "ms": ms, "reference_ms": 2.0, "speedup": 2 / ms}
+        for correct, ms in ((True, 0.4), (False, 0.5))
+    ],
+}
 FUZZ = {
     "command": "python3 -m modelnew fuzz",
     "versions": VERSIONS,
@@ -256,6 +269,7 @@ def test_without_records(repository):
     assert "old" not in text
     assert readme._NO_TIMES in text
     assert readme._NO_SCALING in text
+    assert readme._NO_KERNELBENCH in text
     assert readme._NO_LAYERS in text
     assert readme._NO_TRAINING in text
     assert readme._NO_SUITE in text
@@ -273,6 +287,7 @@ def test_with_records(repository):
     (folder / "results" / "training_amp_a.json").write_text(json.dumps(TRAINING_AMP), encoding="utf-8")
     (folder / "results" / "parity_a.json").write_text(json.dumps(PARITY), encoding="utf-8")
     (folder / "results" / "scaling_a.json").write_text(json.dumps(SCALING), encoding="utf-8")
+    (folder / "results" / "kernelbench_a.json").write_text(json.dumps(KERNELBENCH), encoding="utf-8")
     (folder / "results" / "fuzz_a.json").write_text(json.dumps(FUZZ), encoding="utf-8")
     assert invoke().exit_code == 0
     text = (folder / "README.md").read_text(encoding="utf-8")
@@ -281,6 +296,11 @@ def test_with_records(repository):
     assert f"{where}, `{TRAINING['command']}`. After each" in text
     assert f"{where}, `{LAYERS['command']}`. Layers of ours beside PyTorch's at 2 shapes" in text
     assert "| Tanh | fp16 | 2.00x (4.00x) | 1.50x | 0.50x |  |\n" in text
+    assert "evaluation (commit fedcba9) of" in text
+    assert (
+        "process: 1 of 2 find it right. It is as many times as fast as PyTorch: 5.00 (0.4 ms), 4.00 (0.5 ms)," in text
+    )
+    assert "are at most 1.50 times as far from float64's as PyTorch's. Errors of its static checks: one; two." in text
     assert "median of 20 trials (up to 8 images: of 50 calls each), all in one process" in text
     assert "In a CUDA graph, ModelNew stands beside the fastest of all peers" in text
     assert "\n512 images:\n" in text

@@ -27,6 +27,9 @@ _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on
 _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
 _NO_LAYERS = "No record of layers is committed yet; `python3 -m modelnew bench --layers` on a GPU writes one."
 _NO_SUITE = "No record says yet that the test suite passed on a GPU; `make record` on one writes it."
+_NO_KERNELBENCH = (
+    "No record of KernelBench's evaluation is committed yet; `python3 -m tools.kernelbench_eval` writes one."
+)
 _NO_SCALING = "No record of several GPUs is committed yet; `python3 -m modelnew scaling` on two GPUs writes one."
 _WAYS = {
     "apart": "each for itself",
@@ -41,6 +44,7 @@ _NEEDED = {
     "parity": ("passed", "failed", "skipped"),
     "scaling": ("command", "rows", "trials", "steps"),
     "fuzz": ("command", "cases", "failed"),
+    "kernelbench": ("command", "commit", "rows", "trials", "gradient_errors", "static_errors"),
 }
 
 
@@ -256,6 +260,22 @@ def _scaling(results, _) -> str:
     return "\n\n".join(parts) or _NO_SCALING
 
 
+def _kernelbench(results, _) -> str:
+    parts = []
+    for _, record in _records(results, "kernelbench"):
+        rows, errors = record["rows"], record["gradient_errors"].values()
+        times = ", ".join(f"{row['speedup']:.2f} ({ms(row)} ms)" for row in rows)
+        parts.append(
+            f"{where(record)}, `{record['command']}`. KernelBench's own evaluation (commit {record['commit'][:7]}) of "
+            f"`examples/kernelbench_submission.py`, each in a new process: {sum(row['correct'] for row in rows)} of "
+            f"{len(rows)} find it right. It is as many times as fast as PyTorch: {times}, means of {record['trials']} "
+            "forwards. Gradients, which KernelBench does not compare, are at most "
+            f"{max(ours / theirs for ours, theirs in errors):.2f} times as far from float64's as PyTorch's. Errors of "
+            f"its static checks: {'; '.join(record['static_errors']) or 'none'}."
+        )
+    return "\n\n".join(parts) or _NO_KERNELBENCH
+
+
 def _layers(results, folder) -> str:
     parts = []
     for path, record in _records(results, "layers"):
@@ -349,6 +369,7 @@ PARTS = {
     "speed": _speed,
     "gains": _gains,
     "times": _times,
+    "kernelbench": _kernelbench,
     "scaling": _scaling,
     "layers": _layers,
     "training": _training,
