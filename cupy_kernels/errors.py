@@ -2,7 +2,12 @@
 
 
 class KernelCompileError(RuntimeError):
-    """A kernel's text does not compile. The message shows file, line and source line, then the compiler's log."""
+    """A kernel's text does not compile. The message shows each error, and its source line once.
+
+    log: what the compiler said, in full.
+    """
+
+    log: str = ""
 
 
 class UnsupportedError(ValueError):

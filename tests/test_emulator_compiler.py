@@ -37,9 +37,7 @@ def test_nvrtc_is_asked_about_what_the_emulator_refuses(x, y):
     version = nvrtc_version()
     with pytest.raises(KernelCompileError, match=rf"__isnan(.|\n)*NVRTC {version} takes this text"):
         run(COPY.replace("x[threadIdx.x]", "__isnan(1.0f)"), x, y)
-    with pytest.raises(
-        KernelCompileError, match=rf"planted\.cu:1:\d+: error(.|\n)*NVRTC {version}, which .*\nplanted\.cu\(1\)"
-    ):
+    with pytest.raises(KernelCompileError, match=rf"planted\.cu:1:\d+: error.*\n.*\nNVRTC {version}: id.*undefined$"):
         run(COPY.replace("x[threadIdx.x]", "unknown"), x, y)
 
 

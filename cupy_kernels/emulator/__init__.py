@@ -189,7 +189,7 @@ class Emulator(Backend):
             try:
                 library = _library(stem, text, checks, kernel)
             except KernelCompileError as error:
-                raise KernelCompileError(f"{error}\n{_of_nvrtc(kernel)}".rstrip()) from None
+                raise _refused(kernel, error) from None
         if edited:
             try:
                 nvrtc.check(kernel)
@@ -236,13 +236,14 @@ def _entries(library, built, names, kind="so") -> list[elf.Variable]:
     return found
 
 
-def _of_nvrtc(kernel) -> str:
-    """What NVRTC says of a text that the emulator's compiler refuses."""
+def _refused(kernel, error) -> KernelCompileError:
+    """The error of a text that the emulator's compiler refuses, with what NVRTC says of it."""
     try:
         version = nvrtc.check(kernel)
-    except KernelCompileError as error:
-        return f"NVRTC {nvrtc.version()}, which compiles for GPUs: {error}"
-    return f"NVRTC {version} takes this text: it can run on a GPU, and not on the emulator" if version else ""
+    except KernelCompileError as of_nvrtc:
+        return compile_error(kernel, error.log, f"NVRTC {nvrtc.version()}", of_nvrtc.log)
+    takes = f"\nNVRTC {version} takes this text: it can run on a GPU, and not on the emulator"
+    return KernelCompileError(f"{error}{takes * bool(version)}")
 
 
 def _run(packed) -> None:
