@@ -1,14 +1,24 @@
-"""Advice in error messages, for headers and names that kernels do not have."""
+"""Advice in error messages, for headers, names and types that kernels do not have."""
 
 import re
 
-_HEADERS = {
-    "math.h cmath": "mathematics is there without a header",
-    "stdint.h cstdint": "write int, unsigned, long long, or i64 and u8 of common.cuh",
-    "limits.h climits float.h cfloat limits": "write the number; common.cuh has is_nan and is_finite",
-    "stdio.h cstdio assert.h cassert string.h cstring": "printf, assert, memcpy and memset are there without a header",
-    "cuda_fp16.h cuda_bf16.h": "half_t and bf16_t of common.cuh are converted by to_acc and from_acc<half_t>",
-    "cooperative_groups.h": "__syncthreads, __syncwarp, __shfl_sync and the like are there without a header",
+_BY_PYTORCH = "sort and scan by PyTorch before or after the kernel, as in torch.sort and torch.cumsum"
+_CONTAINERS = f"for a container take a local or __shared__ array, as in float s[8], or a tensor; {_BY_PYTORCH}"
+_HALF = "half_t and bf16_t of common.cuh are converted by to_acc and from_acc<half_t>"
+_HEADERS = {  # the first that matches counts
+    r"math\.h cmath": "mathematics is there without a header",
+    r"stdint\.h cstdint": "write int, unsigned, long long, or i64 and u8 of common.cuh",
+    r"limits\.h climits float\.h cfloat limits": "write the number; common.cuh has is_nan and is_finite",
+    r"(stdio|assert|string)\.h c(stdio|assert|string)": "printf, assert, memcpy and memset are there without a header",
+    "iostream": "print by printf, which is there without a header",
+    r"cuda_fp16\.h cuda_bf16\.h": _HALF,
+    r"cooperative_groups\.h": "__syncthreads, __syncwarp, __shfl_sync and the like are there without a header",
+    r"(cuda|cuda_runtime|device_\w+|vector_\w+)\.h": "leave it out: CUDA's functions and types are there without it",
+    r"(torch|ATen|c10)/.*": "leave it out: a kernel takes pointers and numbers, which Python passes",
+    r"curand.*": "take random numbers from a tensor, as torch.rand makes",
+    r"(cub|thrust)/.*": f"warp_sum, warp_max and block_sum of common.cuh reduce; {_BY_PYTORCH}",
+    r"[a-z_]+": f"NVRTC has no standard library. max, min, abs and sqrt are there without a header; {_CONTAINERS}",
+    r".*": "NVRTC finds no such file. Write what you need of it into the text",
 }
 _NAMES = {
     "INFINITY HUGE_VAL HUGE_VALF": "write 1.0f / 0.0f",
@@ -16,8 +26,8 @@ _NAMES = {
     r"(FLT|DBL|U?INT|U?LONG|U?LLONG)_(MAX|MIN|EPSILON)": "write the number; common.cuh has is_finite",
     r"M_\w+": "write the number",
     r"u?int(8|16|32|64)_t u?intptr_t": "write int, unsigned, long long, or i64 and u8 of common.cuh",
-    r"(__)?half2? __half_raw __nv_bfloat16 __\w*2half\w* __half2\w+": _HEADERS["cuda_fp16.h cuda_bf16.h"],
-    "std": "functions such as max, min, abs and sqrt are there without std::",
+    r"(__)?half2? __half_raw __nv_bfloat16 __\w*2half\w* __half2\w+": _HALF,
+    "std": f"functions such as max, min, abs and sqrt are there without std::; {_CONTAINERS}",
     "cooperative_groups": "__syncthreads, __syncwarp, __shfl_sync and the like are there instead",
     r"__shfl(_xor|_up|_down)? __ballot __any __all": "those of today have a mask, as __shfl_sync(0xFFFFFFFFu, ...)",
     "from_acc": "from_acc<T> gives float, double, half_t and bf16_t: cast to others, as in (int)v",
@@ -29,11 +39,39 @@ _ASSEMBLY = (  # what g++, clang and the assembler say of PTX
     "constraint '.*' in asm|invalid instruction mnemonic|unknown directive|invalid register name"
 )
 _COMMON = "INOUT i64 u8 half_t bf16_t to_acc from_acc warp_sum warp_max block_sum is_nan is_finite"
+_VECTOR = re.compile("(u?char|u?int|u?longlong|float|double)([1-4])")
+_TYPES = {
+    "size_t int64_t long(int)? longlong": "i64",
+    "uint64_t unsignedlong(int)? ulonglong": "unsigned long long",
+    "int32_t int16_t short(int)?": "int",
+    "uint32_t uint16_t unsignedshort(int)? ushort uint": "unsigned",
+    "int8_t char": "signed char",
+    "uint8_t uchar": "u8",
+    "(__)?half (__)?nv_bfloat16": "half_t or bf16_t",
+}
 
 
 def of_header(name: str) -> str:
     """What replaces a header, which NVRTC's wheels do not include."""
-    return next((hint for headers, hint in _HEADERS.items() if name in headers.split()), "leave it out")
+    return next(hint for headers, hint in _HEADERS.items() if _any(headers, name))
+
+
+def of_type(kind: str, *, pointer: bool) -> str:
+    """What replaces a parameter's type; "" for types that are not known here."""
+    if vector := _VECTOR.fullmatch(kind):
+        element, count = of_type(vector[1], pointer=pointer) or vector[1], vector[2]
+        if not pointer:
+            return f"{count} numbers of type {element}"
+        return (
+            f"{element}*, and cast in the kernel: reinterpret_cast<{kind}*>(y)[i], or <const {kind}*> where it is "
+            f"const. There are size / {count} of these: pass lengths that are multiples of {count}, and no view, as "
+            "in x[1:], which begins between two"
+        )
+    return next((hint for kinds, hint in _TYPES.items() if _any(kinds, kind.replace(" ", ""))), "")
+
+
+def _any(patterns, name):
+    return any(re.fullmatch(pattern, name) for pattern in patterns.split())
 
 
 def of_message(message: str) -> str:
@@ -61,6 +99,6 @@ def of_message(message: str) -> str:
         if missing and name in _COMMON.split():
             return f'{name}: #include "common.cuh" declares it'
         for names, hint in _NAMES.items():
-            if any(re.fullmatch(pattern, name) for pattern in names.split()):
+            if _any(names, name):
                 return f"{name}: {hint}"
     return ""

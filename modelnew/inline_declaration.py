@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from cupy_kernels import parsing, source
+from cupy_kernels import hints, parsing, source
 from cupy_kernels.common import scalar_macros
 from cupy_kernels.launch import MAX_SHARED_BYTES, MAX_THREADS
 from cupy_kernels.source import Kernel, signature
@@ -108,6 +108,7 @@ class Declaration:
         for name in (*mine, *self.grid):
             if name not in source.kernel_names(self.file):
                 raise source.no_kernel("the text", name, source.kernel_names(self.file))
+        self._check_types(mine, defines)
         dynamic = parsing.dynamic_shared(options.text, mine)
         if dynamic and not options.shared:
             raise ValueError(
@@ -125,7 +126,7 @@ class Declaration:
         self.numbers = {}
         written = set()
         for name in options.forward:
-            self._check_types(name)
+            self._check_numbers(name)
             written.update([p.name for p in self._declared(name) if self._forward_parameter(name, p, written)])
         self.returned = [name for name in self.dtypes_of("float") if name in (*self.inplace, *self.outputs)]
         self.returned = [name for name in self.returned if name not in options.saved]
@@ -136,7 +137,7 @@ class Declaration:
         known = (*self.tensors, *self.outputs)
         made = set()
         for name in self.kernels:
-            self._check_types(name)
+            self._check_numbers(name)
             self._check_backward_kernel(name, known, made)
         for entry in self.operators:  # autograd does not see outputs that are not returned
             visible = (*self.tensors, *self.returned)
@@ -194,14 +195,24 @@ class Declaration:
                 self.outputs.append(name)
         return not p.const
 
-    def _check_types(self, name):
+    def _check_types(self, kernels, defines):
         """Raises ValueError for a parameter of a type that no argument has."""
+        macros, declared = {**dict(scalar_macros("float")), **defines}, parsing.declarations(source.expanded(self.file))
+        for kernel in kernels:
+            for kind, name in declared[kernel]:
+                base = kind.removeprefix("INOUT ").removeprefix("const ").rstrip("*")
+                resolved = str(macros.get(base, base))
+                if parsing.SYNONYMS.get(resolved, resolved) not in source.DTYPES:
+                    hint = hints.of_type(base, pointer=kind.endswith("*"))
+                    raise ValueError(
+                        f"{kernel}: {name} is declared {kind}; types are scalar_t, acc_t, {', '.join(source.DTYPES)}"
+                        + f". Take {hint}" * bool(hint)
+                    )
+
+    def _check_numbers(self, name):
+        """Raises ValueError for a number of a type that follows that of the tensors, or that no Python number has."""
         half, bf16 = self.parameters[name, "half_t"], self.parameters[name, "bf16_t"]
         for p, h, b in zip(self._declared(name), half, bf16):
-            if p.dtype is None:
-                raise ValueError(
-                    f"{name}: {p.name} must point to a type among scalar_t, acc_t, {', '.join(source.DTYPES)}"
-                )
             if not p.pointer and (h.dtype != b.dtype or TORCH[p.dtype] == torch.bfloat16):
                 raise ValueError(f"{name}: {p.name} is a number of type scalar_t or bf16_t; declare it acc_t")
 

@@ -130,6 +130,62 @@ def test_headers(header):
 
 
 @pytest.mark.parametrize(
+    ("kind", "hint"),
+    [
+        ("size_t", "i64"),
+        ("unsigned long*", "unsigned long long"),
+        ("int16_t*", "int"),
+        ("char*", "signed char"),
+        ("__half*", "half_t or bf16_t"),
+        ("int2", "2 numbers of type int"),
+        ("ulonglong2", "2 numbers of type unsigned long long"),
+    ],
+)
+def test_a_type_that_no_argument_has(kind, hint):
+    text = f'extern "C" __global__ void f(const float* x, float* y, const {kind} z) {{}}'
+    declared = re.escape(f"f: z is declared const {kind}; types are scalar_t, ")
+    with pytest.raises(ValueError, match=rf"^{declared}.*, unsigned long long\. Take {hint}$"):
+        operator(text, "f")
+    with pytest.raises(ValueError, match=r"z is declared const Pair; .* unsigned long long$"):
+        operator(text.replace(kind, "Pair"), "f")
+
+
+@pytest.mark.parametrize(
+    ("vector", "kind", "dtype"),
+    [
+        ("float4", "float", torch.float32),
+        ("float3", "float", torch.float32),
+        ("double2", "double", torch.float64),
+        ("int4", "int", torch.int32),
+        ("uint2", "unsigned", torch.uint32),
+        ("uchar4", "u8", torch.uint8),
+        ("char2", "signed char", torch.int8),
+        ("longlong2", "i64", torch.int64),
+    ],
+)
+def test_an_array_of_vectors(vector, kind, dtype):
+    """What the hint says works: in the emulator, and with NVRTC, which checks the text there."""
+    text = """#include "common.cuh"
+    extern "C" __global__ void f(const TYPE* x, TYPE* y, i64 size) {
+        i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+        if (i < size / COUNT) BODY;
+    }""".replace("COUNT", vector[-1])
+    with pytest.raises(
+        ValueError, match=rf"x is declared const {vector}\*; types .*\. Take {kind}\*, and cast"
+    ) as error:
+        operator(text.replace("TYPE", vector).replace("BODY", "y[i] = x[i]"), "f")
+    assert f"There are size / {vector[-1]} of these: pass lengths that are multiples of {vector[-1]}" in str(
+        error.value
+    )
+    cast = f"reinterpret_cast<{vector}*>(y)[i]"
+    assert cast in str(error.value)
+    body = f"{cast} = reinterpret_cast<const {vector}*>(x)[i]"
+    assert f"<const {vector}*>" in str(error.value)
+    x = torch.arange(24, dtype=torch.int32).to(dtype)
+    assert operator(text.replace("TYPE", kind).replace("BODY", body), "f")(x).tolist() == x.tolist()
+
+
+@pytest.mark.parametrize(
     ("function", "statement", "hint"),
     [
         ("float g(float v) { return v; }", "y[i] = g(1);", "write __device__ in front of each function"),
@@ -159,6 +215,8 @@ def test_a_function_for_the_host(function, statement, hint):
         ("", "auto g = [&](float v) { return v; }; y[i] = g(1);"),
         ("__constant__ float k = 1;", "y[i] = k;"),
         ("constexpr float k = 1;", "y[i] = k;"),
+        ("", "float s[8]; s[i] = max(abs(-1.0f), sqrt(1.0f)); y[i] = s[i];"),
+        ("", "__shared__ float s[8]; s[i] = 1; y[i] = s[i];"),
     ],
 )
 def test_what_these_hints_say_works(function, statement):
