@@ -62,16 +62,25 @@ def table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 
 @contextlib.contextmanager
 def progress(total: int, completed: int = 0) -> Iterator[Callable]:
-    """A bar, which also tells which kernel is being compiled; gives what updates it: update(advance=, description=)."""
+    """A bar, which also tells which kernel is being compiled; gives what updates it: update(advance=, description=).
+
+    Where stderr is no terminal, it gets the lines of `doing`, and one for each tenth of the total.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console, tenth = Console(stderr=True), 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total, completed=completed)
         with doing(lambda text: bar.update(task, description=text)) as what:
 
             def update(description=None, **changes):
+                nonlocal tenth
                 if description is not None:
                     what(description)
                 bar.update(task, **changes)
+                done = bar.tasks[task].completed
+                if 10 * done // total > tenth and not console.is_terminal:
+                    tenth = 10 * done // total
+                    console.print(f"{done:g} of {total}", highlight=False)
 
             yield update
 
@@ -80,13 +89,19 @@ def progress(total: int, completed: int = 0) -> Iterator[Callable]:
 def doing(show: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
     """A context that calls show(text) with what is being done; gives what sets that.
 
-    While kernels are compiled, the text names one of them.
+    While kernels are compiled, the text names one of them. Where stderr is no terminal, on which nothing can be shown
+    and taken back, each text is printed there as well, once.
     """
     compiling, now = {}, ""
+    console, printed = Console(stderr=True), {""}
 
     def refresh():
         names = list(compiling.values())
-        show(f"compiling {names[-1]}" if names else now)
+        text = f"compiling {names[-1]}" if names else now
+        show(text)
+        if text not in printed and not console.is_terminal:
+            printed.add(text)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def begin(kernel):
         key = object()

@@ -164,6 +164,7 @@ def fuzz_command(device, output, cases, seed, operators, number, budget, process
     cases = cases or (FEW if device.type == "cpu" else CASES)
     processes = processes or (1 if device.type == "cpu" else min(PROCESSES, len(os.sched_getaffinity(0))))
     with commands.progress(cases * len(operators)) as update:
+        update(description="compiling and running")
 
         def report(operator, lines):
             update(advance=len(lines), description=operator)

@@ -135,8 +135,11 @@ def test_the_table_of_errors_is_readable(small, monkeypatch, width):
     assert max(map(len, text.splitlines())) <= width
 
 
-def test_progress_says_what_is_done(monkeypatch):
-    """While kernels are compiled, in whatever order that ends, one of them; else what was set last."""
+def test_progress_says_what_is_done(monkeypatch, capsys):
+    """While kernels are compiled, in whatever order that ends, one of them; else what was set last.
+
+    Where there is no terminal, each text is one line as it begins.
+    """
     monkeypatch.setattr(backend, "_listeners", [])
     shown = []
     with commands.doing(shown.append) as what:
@@ -148,6 +151,25 @@ def test_progress_says_what_is_done(monkeypatch):
         second()
     assert shown == ["running", "compiling a", "compiling b", "compiling b", "compiling b", "timing"]
     assert not backend._listeners
+    said = capsys.readouterr()
+    assert said.err.splitlines() == ["running", "compiling a", "compiling b", "timing"]
+    assert not said.out
+
+
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    """A line as each step begins, and for each tenth; on a terminal, a bar alone."""
+    with commands.progress(40) as update:
+        update(description="one")
+        assert capsys.readouterr().err == "one\n"
+        for _ in range(40):
+            update(advance=1, description="two")
+    assert capsys.readouterr().err.splitlines() == ["two", *(f"{n} of 40" for n in range(4, 41, 4))]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with commands.progress(40) as update:
+        update(advance=40, description="one")
+    shown = capsys.readouterr().err
+    assert "40/40" in shown
+    assert "40 of 40" not in shown
 
 
 def test_broken_kernel_fails(small):
