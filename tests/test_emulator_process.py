@@ -140,6 +140,35 @@ def test_a_loop_without_end_is_interrupted(x, y, body, thread):
     assert (y == x).all()
 
 
+@pytest.mark.skipif(not emulator._fills_locals(), reason="gcc 12 and clang 16 can")
+@pytest.mark.filterwarnings("ignore:.* may be read before it is set")
+def test_ctrl_c_between_the_runs_of_a_launch_leaves_nothing(x, y):
+    """With which the next launch would be compared. This one runs with zeros in `v`, and then with another number."""
+    text = """extern "C" __global__ void add(const float* x, float* y) {
+        float v;
+        if (x[threadIdx.x] > -9) v = x[threadIdx.x] + 1;
+        y[threadIdx.x] = v;
+    }"""
+    run(COPY, x, y)
+    with source.override({"planted.cu": text}):
+        whole = emulator.backend.handle(Kernel("planted.cu", "add"), 0)
+        before, last = whole.runs, whole.runs[-1]
+        assert before[-2].kind == "zeros"
+
+        def interrupted(_):
+            raise KeyboardInterrupt
+
+        interrupted.variables, interrupted.same, interrupted.kind = last.variables, last.same, last.kind
+        whole.runs = (*before[:-1], interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(text, x, y)
+        whole.runs = before
+    assert (y == x).all()
+    run(COPY, x, y)
+    run(text, x, y)
+    assert (y == x + 1).all()
+
+
 def test_a_time_limit(monkeypatch, x, y):
     monkeypatch.setenv("CUPY_KERNELS_TIMEOUT", "1")
     in_the_runtime = "{ if (*(volatile const float*)x > 1e9f) break; }"  # most of the time

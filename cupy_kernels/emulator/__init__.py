@@ -266,6 +266,7 @@ def _run(packed) -> None:
     launch.seed, launch.cooperative = _seed(), step.cooperative
     whole = packed.numbers[0]
     with _one_at_a_time, _time_limit(limit):
+        _runtime().emulator_begin()
         for entry in whole.runs:
             launch.variables, launch.variable_count = entry.variables, len(entry.variables)
             launch.only_locals, launch.zeros, launch.same = entry.kind == "locals", entry.kind == "zeros", entry.same

@@ -111,10 +111,13 @@ static void check_written(const Array& array) {
             array.name, first);
 }
 
-// Each array as the run before has left it, in which local variables that nobody sets were 0; or null. And the launch's
-// words: Ctrl-C may come between two runs of a launch.
+// Each array as the launch's run before has left it, in which local variables that nobody sets were 0; or null.
 static char* with_zeros[MAX_PARAMETERS + 1];
-static const void* words_with_zeros;
+
+// Called before the runs of a launch: Ctrl-C may have come between two runs of the launch before.
+extern "C" EXPORTED void emulator_begin() {
+    for (char*& kept : with_zeros) __builtin_free(kept), kept = nullptr;
+}
 
 static bool are_nans(u64 a, u64 b, unsigned bytes) {
     auto both = [&](u64 infinity) { return (a & ~(u64)0 >> 1) > infinity && (b & ~(u64)0 >> 1) > infinity; };

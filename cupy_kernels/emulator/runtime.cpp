@@ -95,9 +95,7 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
             check_faults(arrays[i]);
         }
     for (unsigned i = 1; i < array_count && !ended(); i++)
-        if (!arrays[i].constant && !launch.zeros && launch.words == words_with_zeros)
-            check_set(arrays[i], with_zeros[i]);
-    words_with_zeros = launch.zeros ? launch.words : nullptr;
+        if (!arrays[i].constant && !launch.zeros) check_set(arrays[i], with_zeros[i]);
     for (unsigned i = 0; i < array_count; i++) {
         __builtin_free(with_zeros[i]), with_zeros[i] = nullptr;
         if (i && arrays[i].bytes && !arrays[i].constant && !ended()) {
