@@ -27,6 +27,7 @@ _NAMES = {
     r"M_\w+": "write the number",
     r"u?int(8|16|32|64)_t u?intptr_t": "write int, unsigned, long long, or i64 and u8 of common.cuh",
     r"(__)?half2? __half_raw __nv_bfloat16 __\w*2half\w* __half2\w+": _HALF,
+    "cout cerr endl": "print by printf",
     "std": f"functions such as max, min, abs and sqrt are there without std::; {_CONTAINERS}",
     "cooperative_groups": "__syncthreads, __syncwarp, __shfl_sync and the like are there instead",
     r"__shfl(_xor|_up|_down)? __ballot __any __all": "those of today have a mask, as __shfl_sync(0xFFFFFFFFu, ...)",
@@ -77,7 +78,10 @@ def _any(patterns, name):
 def of_message(message: str) -> str:
     """What replaces the names that a compiler's message quotes; "" for names that are not known here."""
     if re.search(r"ambiguous|more than one instance of overloaded function", message):
-        return "a call is ambiguous: write 0.0f for 0 in max(x, 0) of a float x, and in from_acc<scalar_t>(0)"
+        return (
+            "a call is ambiguous: write 0.0f for 0 in max(x, 0) of a float x, and in from_acc<scalar_t>(0); and "
+            "(float)i for an integer in sqrt(i)"
+        )
     if re.search("Unresolved extern function '_Z[45]powi", message):
         return "NVRTC 11.8 has no pow with an int as exponent: write pow(x, 2.0f) or x * x"
     if product := re.search(r"Unresolved extern function '_Z\d+(__dp4a|__dp2a_lo|__dp2a_hi)", message):
@@ -101,4 +105,6 @@ def of_message(message: str) -> str:
         for names, hint in _NAMES.items():
             if _any(names, name):
                 return f"{name}: {hint}"
+    if half := re.search(r"(no (match|viable|suitable)|cannot convert|invalid operands).*\b(half_t|bf16_t)\b", message):
+        return f"{half[3]} is a type of memory: compute with to_acc(v), and store from_acc<{half[3]}>(v)"
     return ""

@@ -429,7 +429,7 @@ _ERROR = re.compile(r"([\w.]+)[(:](\d+)(?::\d+|\))?: (?:\w+ )?[Ee]rror\b[^:]*(?:
 # What compilers say of no use here: excerpts of the text, of which ours takes the place, headings and counts.
 _NOISE = re.compile(
     r"[\s^~]*|\s*\d* \|.*|\S+: (In [\w ]*function\b|At ).*|compilation terminated\.|"
-    r"\d+ errors? (generated|detected in the compilation of ).*"
+    r"[\w+]+: warning: argument unused .*|\d+ errors? (generated|detected in the compilation of ).*"
 )
 
 

@@ -142,6 +142,8 @@ def _unsupported_reason(chain, names, children, x) -> str | None:
     if not all(map(unchanged, children, chain.kinds)):
         name = next(n for n, child, kind in zip(names, children, chain.kinds) if not unchanged(child, kind))
         return f"{name} is not replaced, has a hook, or was swapped, compiled or given another forward"
+    if not isinstance(x, torch.Tensor):
+        return f"the input is a {type(x).__name__}, and no tensor"
     conv, _, _, pool, _ = children
     if pool.return_indices:
         return "the pooling returns indices"

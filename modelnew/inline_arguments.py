@@ -23,7 +23,10 @@ def checked(declared: Declaration, args, options) -> tuple[str, torch.device, di
     for name in declared.tensors:
         value = values[name]
         if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{declared.name}: {name} must be a tensor, received {type(value).__name__}")
+            raise TypeError(
+                f"{declared.name}: {name} must be a tensor, received {type(value).__name__}; torch.as_tensor makes one "
+                "of an array or a list"
+            )
         if value.layout is not torch.strided or value.is_nested:
             kind = "a nested tensor; use its parts" if value.is_nested else f"layout {value.layout}; use .to_dense()"
             raise TypeError(f"{declared.name}: {name} must be a dense tensor, received {kind}")
@@ -31,7 +34,9 @@ def checked(declared: Declaration, args, options) -> tuple[str, torch.device, di
     for name in declared.tensors:
         if values[name].dtype != declared.dtypes[name, scalar]:
             wanted = declared.dtypes[name, scalar]
-            raise TypeError(f"{declared.name}: {name} must be {wanted}, received {values[name].dtype}")
+            raise TypeError(
+                f"{declared.name}: {name} must be {wanted}, received {values[name].dtype}; use .to({wanted})"
+            )
     for name, dtype in declared.numbers.items():
         check_number(f"{declared.name}: {name}", dtype, values[name])
         if not isinstance(values[name], torch.SymInt | torch.SymFloat):
@@ -111,9 +116,10 @@ def _check_shapes(declared, values):
 
 
 def shape(what: str, value) -> tuple:
-    """The result of an option's function as a shape. Raises TypeError if it is not one."""
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"{what} gave {value!r}: a shape is a tuple of ints, as in x.shape or (3,)")
+    """The result of an option's function as a shape, in which None may be any length. TypeError if it is not one."""
+    lengths = isinstance(value, Sequence) and all(isinstance(n, numbers.Integral | torch.SymInt | None) for n in value)
+    if not lengths or any(isinstance(n, int) and n < 0 for n in value):
+        raise TypeError(f"{what} gave {value!r}: a shape is a tuple of ints from 0 on, as in x.shape or (3,)")
     return tuple(value)
 
 

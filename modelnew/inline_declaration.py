@@ -107,7 +107,7 @@ class Declaration:
         self.grid = grid if isinstance(grid, dict) else dict.fromkeys(mine, grid) if grid else {}
         for name in (*mine, *self.grid):
             if name not in source.kernel_names(self.file):
-                raise source.no_kernel("the text", name, source.kernel_names(self.file))
+                raise self._no_kernel(name)
         self._check_types(mine, defines)
         dynamic = parsing.dynamic_shared(options.text, mine)
         if dynamic and not options.shared:
@@ -194,6 +194,15 @@ class Declaration:
             if name not in self.outputs:
                 self.outputs.append(name)
         return not p.const
+
+    def _no_kernel(self, name) -> ValueError:
+        """The error for a kernel that the text lacks, with the line of the text that was meant to declare it."""
+        found = source.kernel_names(self.file)
+        error = source.no_kernel("the text", name, found)
+        lines = self.options.text.splitlines()
+        meant = [line for line in lines if re.search(rf"\b{re.escape(name)}\s*\(", line)]
+        received = next(filter(str.strip, (*meant, *lines)), "an empty text").strip()
+        return error if found and not meant else ValueError(f"{error}; received: {received}")
 
     def _check_types(self, kernels, defines):
         """Raises ValueError for a parameter of a type that no argument has."""

@@ -84,6 +84,7 @@ a.cu:2:9: error: 'zap' was not declared in this scope
 a.cu:2:15: error: 'zip' was not declared in this scope
 a.cu:3:9: error: 'zap' was not declared in this scope
 compilation terminated.
+zig: warning: argument unused during compilation: '-c' [-Wunused-command-line-argument]
 """
 NVRTC = """a.cu(2): error: identifier "zap" is undefined
   int b = zap + zip;

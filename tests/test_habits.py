@@ -179,6 +179,8 @@ def test_arrays_are_refused_by_name():
         functional.tanh(np.ones(3, np.float32))
     with pytest.raises(TypeError, match=r"group_norm: weight .*received a numpy\.ndarray"):
         functional.group_norm(batch(), 4, np.ones(16, np.float32))
+    with pytest.raises(TypeError, match=r"conv_transpose2d: input .*received a numpy\.ndarray"):
+        ModelNew(4, 8, 3, 1, 1, 1, 2)(np.ones((1, 4, 6, 6), np.float32))
 
 
 def test_deterministic_algorithms(device):

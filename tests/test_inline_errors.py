@@ -57,7 +57,7 @@ def test_a_grid_that_follows_another_tensor():
 
 def test_a_launch_that_fails():
     function = operator(TEXT.replace("STATEMENT", "atomicAdd((float*)&y[i], 1.0f);"), "f")
-    with pytest.raises(EmulatorError, match=r"reads y\[\d\], which nobody has written") as error:
+    with pytest.raises(EmulatorError, match=r"reads y\[\d\], which nobody has written.* declare it INOUT") as error:
         function(torch.ones(3))
     assert not re.search(INTERNAL, str(error.value))
 
@@ -102,6 +102,14 @@ def test_a_launch_that_fails_names_the_line_of_the_user(statement, message):
         ("half h;", "half: half_t and bf16_t of common.cuh"),
         ("y[i] = std::max(x[i], x[i]);", "std: functions such as max, .* without std::"),
         ("y[i] = max(to_acc(x[i]), 0);", "a call is ambiguous: write 0.0f"),
+        ("y[i] = sqrt(i);", r"a call is ambiguous: .*\(float\)i for an integer in sqrt\(i\)"),
+        ('std::cout << "x";', "cout: print by printf"),
+        ("std::vector<float> v;", r"std: .* for a container take a local .*\[8\]"),
+        (
+            "half_t h = {}; y[i] = h * 2;",
+            r"half_t is a type of memory: compute with to_acc\(v\), and store from_acc<half_t>",
+        ),
+        ("bf16_t h = {}; float v = h;", "bf16_t is a type of memory"),
         ("y[i] = __shfl_xor(x[i], 1);", "__shfl_xor: those of today have a mask"),
         ("y[i] = from_acc<int>(to_acc(x[i]));", r"'from_acc' is declared.*\nfrom_acc: from_acc<T> gives float, double"),
         ("float* p = new float[4];", "'new' is not there in kernels"),
@@ -239,6 +247,20 @@ def test_an_access_of_four_floats_from_a_view():
 def test_an_input_without_const():
     text = TEXT.replace("const scalar_t* x, scalar_t* y", "float* x, float* y").replace("STATEMENT", "y[i] = x[i];")
     with pytest.raises(ValueError, match=r"without const are outputs: x, y\. An input has const .* const float\* x"):
+        operator(text, "f")
+
+
+@pytest.mark.parametrize(
+    ("text", "received"),
+    [
+        ("__global__ void f(float* y) {}", r"__global__ void f\(float\* y\) {}"),
+        ('extern "C" __global__ void g(float* y) { }\n__device__ void f(float* y) {}', r"__device__ void f\(.*"),
+        ("\nkernel.cu", r"kernel\.cu"),
+        ("", "an empty text"),
+    ],
+)
+def test_a_text_without_the_kernel(text, received):
+    with pytest.raises(ValueError, match=rf"no kernel 'f'; .* void name\(\.\.\.\); received: {received}$"):
         operator(text, "f")
 
 

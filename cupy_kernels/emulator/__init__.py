@@ -276,6 +276,7 @@ def _run(packed) -> None:
         return
     message = f"{step.kernel}: {_readable(failure.decode(), entry.built, step.kernel)}"
     message += messages.of_view(message, {p.name: int(word) for p, word in zip(step.parameters, words) if p.pointer})
+    message += messages.of_output(message, [p.name for p, given in zip(step.parameters, parameters) if given.kind == 3])
     if not re.match(rb"(<\w+>: )?interrupted", failure):
         raise EmulatorError(message)
     with contextlib.suppress(KeyboardInterrupt):

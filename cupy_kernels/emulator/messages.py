@@ -1,6 +1,7 @@
 """What the emulator says of a kernel, in terms of the kernel's own text. The emulator's stands before it."""
 
 import re
+from collections.abc import Container
 
 INTERNAL = ("kernel.cpp", "cuda.h", "intrinsics.h", "emulator_entries")  # files that a user has not written
 
@@ -30,6 +31,14 @@ def of_view(message: str, addresses: dict[str, int]) -> str:
     if not found or addresses.get(found[2], 0) % int(found[1]) == 0:
         return ""
     return f". {found[2]} itself begins at such a place, as a view x[1:] does: pass a copy of it"
+
+
+def of_output(message: str, outputs: Container[str]) -> str:
+    """What to add to a message of a read of an output before it is written. outputs: names of the kernel's."""
+    found = re.search(r"reads (\w+)\[.*, which nobody has written", message)
+    if not found or found[1] not in outputs:
+        return ""
+    return f". {found[1]} is an output, and holds nothing at first: declare it INOUT, to change what an argument holds"
 
 
 def is_internal(place: str) -> bool:
