@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import cache
+from .compile_errors import compile_error
 from .errors import BackendError
 from .parsing import declarations
-from .source import Kernel, Variant, compile_error, unit, unit_of_file
+from .source import Kernel, Variant, unit, unit_of_file
 
 STANDARD = "-std=c++17"
 CHECK_ARCHITECTURE = "compute_80"

@@ -14,6 +14,7 @@ import torch
 from threads import in_threads
 
 from cupy_kernels import backend, cache, compiler, nvrtc, source
+from cupy_kernels.compile_errors import compile_error
 from cupy_kernels.errors import BackendError, KernelCompileError
 from cupy_kernels.launch import launch, recorded
 from cupy_kernels.parsing import definitions
@@ -110,7 +111,7 @@ PLACES = [
 
 def lines_of_error(*logs):
     with source.override({"a.cu": SOURCE}):
-        head, *lines = str(source.compile_error(Variant("a.cu"), *logs)).splitlines()
+        head, *lines = str(compile_error(Variant("a.cu"), *logs)).splitlines()
     assert head == "a.cu does not compile:"
     return lines
 

@@ -37,9 +37,10 @@ from pathlib import Path
 
 from .. import cache, forks, nvrtc, source
 from ..backend import Backend, Room
+from ..compile_errors import MACROS, compile_error
 from ..errors import BackendError, EmulatorError, KernelCompileError
 from ..parsing import EXTERN_SHARED, declarations, dynamic_shared
-from ..source import MACROS, Kernel, compile_error, is_packaged, unit_of_file
+from ..source import Kernel, is_packaged, unit_of_file
 from . import elf, lines, messages, variables
 
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti")
