@@ -3,6 +3,8 @@
 import ast
 import functools
 import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from cupy_kernels import emulator, nvrtc, source
 from cupy_kernels.errors import BackendError
 from cupy_kernels.variants import variants
 from modelnew import parity
-from tools import submission
+from tools import kernelbench_eval, submission
 
 FILE = Path(__file__).resolve().parents[1] / "examples" / "kernelbench_submission.py"
 SMALL = [16, 32, 3, 1, 1, 1, 4]
@@ -38,6 +40,23 @@ with torch.no_grad():
     model = module.ModelNew(*module.get_init_inputs()).to("cuda")
     print(model(*inputs).double().sum().item())
 """
+
+
+# A problem file and KernelBench's modules, as far as the evaluation needs them.
+PROBLEM = """
+from modelnew.model import Model, get_init_inputs, get_inputs
+"""
+KERNELBENCH = {
+    "__init__": "import openai",
+    "kernel_static_checker": "def validate_kernel_static(*_): return False, ['an error'], []",
+    "eval": """
+from types import SimpleNamespace
+
+def eval_kernel_against_ref(problem, submission, **options):
+    assert "Model" in problem and "ModelNew" in submission and options["measure_performance"]
+    return SimpleNamespace(correctness=True, runtime=0.4, ref_runtime=2.0)
+""",
+}
 
 
 @pytest.fixture(scope="module")
@@ -284,3 +303,27 @@ def test_runs_without_the_package(tmp_path):
         torch.manual_seed(42)
         model = modelnew.ModelNew(*modelnew.get_init_inputs())
         assert model(x).double().sum().item() == float(done.stdout)
+
+
+def test_evaluation(tmp_path, device):
+    """The command that runs KernelBench's code, on a stand-in for it: its record, and the gradients that it compares."""
+    assert "is no clone of KernelBench" in CliRunner().invoke(kernelbench_eval.command, [str(tmp_path)]).output
+    code = tmp_path / "src" / "kernelbench"
+    for folder in (code, (tmp_path / kernelbench_eval.PROBLEM).parent):
+        folder.mkdir(parents=True)
+    (tmp_path / kernelbench_eval.PROBLEM).write_text(PROBLEM)
+    for name, text in KERNELBENCH.items():
+        (code / f"{name}.py").write_text(text)
+    command = [sys.executable, "-m", "tools.kernelbench_eval", tmp_path, "--processes", "2", "--output", tmp_path]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hidden})
+    if device == "cpu":
+        assert "KernelBench's evaluation needs a GPU" in done.stderr
+        return
+    assert not done.returncode, done.stderr
+    (path,) = tmp_path.glob("kernelbench_*.json")
+    record = json.loads(path.read_text())
+    assert record["rows"] == [{"correct": True, "ms": 0.4, "reference_ms": 2.0, "speedup": 5.0}] * 2
+    assert record["static_errors"] == ["an error"]
+    assert "conv_transpose.weight" in record["gradient_errors"]
+    assert all(ours <= 1.1 * theirs for ours, theirs in record["gradient_errors"].values())

@@ -111,6 +111,8 @@ def command(clone, processes, output):
     The reference runs with PyTorch's default settings, which allow TF32 in convolutions. Writes a record (JSON).
     Needs a GPU, and Python's package pydantic.
     """
+    if not (clone / PROBLEM).is_file():
+        raise click.BadParameter(f"{clone} is no clone of KernelBench: it has no {PROBLEM}", param_hint="CLONE")
     device = commands.gpu(None, "KernelBench's evaluation")
     context, rows = multiprocessing.get_context("spawn"), []
     for _ in range(processes):  # one after the other
