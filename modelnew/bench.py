@@ -313,7 +313,7 @@ def bench_command(device, output, plot_only, layers, no_wgmma, **options):
         _collect(record, len(plan.cells(device)) + plan.startup, lambda describe: run(plan, device, describe))
     records.show(record, out)
     if device.type == "cpu":
-        out.print("Times of the emulator on a CPU say nothing about speed.")
+        out.print("Times of the emulator on a CPU say nothing about speed. A record is written only with --output.")
     _publish(record, "bench", device, output, f"_nvrtc{record['versions']['nvrtc']}" if no_wgmma else "")
 
 

@@ -1,5 +1,6 @@
 """`explain`: which kernels a call launches."""
 
+import threading
 from collections import Counter
 
 import torch
@@ -8,10 +9,11 @@ from torch.utils._pytree import tree_leaves
 
 from cupy_kernels.conv_transpose import Geometry
 
-from . import layers
+from . import fusions, layers
 from .calls import planned
 from .formats import channels_last
 from .functional.conv_transpose_kernels import kernels_of
+from .fusions import plan_of
 from .interop import NUMPY
 from .model import ModelNew, fused_model
 from .numerics import choose, resolve
@@ -21,8 +23,9 @@ from .replacement import can_be_replaced
 def explain(module: nn.Module, x: torch.Tensor) -> str:
     """Describes which of our kernels module(x) launches, forward and backward. Returns the text.
 
-    module: a module that contains layers of ours. For ModelNew and ConvTranspose2d, the text also says why these
-        kernels run. For other modules, it names layers that `replace_layers` can replace.
+    module: a module that contains layers of ours. For ModelNew, ConvTranspose2d, and chains of layers in a
+        `modelnew.Sequential`, the text also says why these kernels run. For other modules, it names layers that
+        `replace_layers` can replace.
     x: its input. For the backward, all outputs of the module get a gradient; under torch.no_grad() there is none.
 
     None of our kernels is launched; their results are zeros, on which the module's other operators run. Buffers, x and
@@ -34,28 +37,39 @@ def explain(module: nn.Module, x: torch.Tensor) -> str:
         raise TypeError(f"module must be a torch.nn.Module, received a {type(module).__name__}")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a tensor, the only input of the module, received a {type(x).__name__}")
-    lines = []
+    lines, chains = [], []
+    fusions.noted[threading.get_ident()] = chains
+    try:
+        planned = planned_kernels(module, x)
+    finally:
+        fusions.noted.pop(threading.get_ident(), None)
     if isinstance(module, ModelNew):
-        found, reason = fused_model(module, x)
-        if reason is None:
-            lines.append(
-                f"fused into one operator, tensor cores, {resolve(module.conv_transpose.numerics, x.device)} class"
-            )
-        elif found:
-            lines.append(f"fused into {found}, not one: {reason}")
-        else:
-            lines.append(f"not fused: {reason}")
-        if reason and isinstance(module.conv_transpose, layers.ConvTranspose2d):
-            lines.append(f"conv_transpose: {_convolution(module.conv_transpose, x)}")
+        lines += _chain(*fused_model(module, x), module.conv_transpose, x)
     elif isinstance(module, layers.ConvTranspose2d):
         lines.append(_convolution(module, x))
-    for direction, kernels in zip(("forward", "backward"), planned_kernels(module, x)):
+    else:
+        names = {child: name for name, child in module.named_modules()}
+        for children, given in chains:
+            of_chain = [names.get(child, type(child).__name__) for child in children]
+            found = plan_of(dict(zip(of_chain, children)), given)
+            lines += [f"{of_chain[0]} to {of_chain[-1]}: {line}" for line in _chain(*found, children[0], given)]
+    for direction, kernels in zip(("forward", "backward"), planned):
         lines.append(f"{direction}: {', '.join(kernel.name for kernel in kernels) or 'no kernel of ours'}")
     theirs = Counter(type(layer).__name__ for layer in module.modules() if can_be_replaced(layer))
     if theirs and not isinstance(module, ModelNew):  # which has its own `replace`
         names = ", ".join(f"{count} {name}" for name, count in theirs.items())
         lines.append(f"PyTorch's, which modelnew.replace_layers can replace: {names}")
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _chain(found, reason, conv, x) -> list[str]:
+    """How a chain of layers runs on x, and why not as one operator. found, reason: of `fusions.plan_of`."""
+    if reason is None:
+        return [f"fused into one operator, tensor cores, {resolve(conv.numerics, x.device)} class"]
+    lines = [f"fused into {found}, not one: {reason}" if found else f"not fused: {reason}"]
+    if isinstance(conv, layers.ConvTranspose2d):
+        lines.append(f"conv_transpose: {_convolution(conv, x)}")
+    return lines
 
 
 def planned_kernels(module: nn.Module, x: torch.Tensor) -> tuple[list, list]:

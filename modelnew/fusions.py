@@ -1,6 +1,7 @@
 """Chains of layers that run fused: their table, and the check whether the fused kernels support a call."""
 
 import functools
+import threading
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ CHAINS = (
 LENGTH = 5  # of a chain
 
 _OF_KINDS = {chain.kinds: chain for chain in CHAINS}
+noted: dict[int, list] = {}  # {thread: a list that gets (modules, x) of each chain that is called}, for `explain`
 _FORWARDS, _CALL = {kind: kind.forward for kinds in _OF_KINDS for kind in kinds}, nn.Module.__call__  # nobody's own yet
 
 
@@ -65,7 +67,11 @@ def run_fused(children: list[nn.Module], x: torch.Tensor, parts: str = "apart") 
         `conv_bn_activation_max_pool_group_norm_or_parts`.
     """
     chain = _OF_KINDS.get(tuple(map(type, children)))
-    if chain is None or _unsupported_reason(chain, range(LENGTH), children, x):
+    if chain is None:
+        return None
+    if noted and threading.get_ident() in noted:
+        noted[threading.get_ident()].append((children, x))
+    if _unsupported_reason(chain, range(LENGTH), children, x):
         return None
     conv, norm, activation, pool, group = children
     conv_weight, conv_bias = weight_and_bias(conv)

@@ -70,6 +70,7 @@ def draw(record: dict, path: Path) -> None:
         kind = _curves if "steps" in record else _times if "shape" in record else _ratios
         message = kind(figure, record)
         where = f"{versions['gpu'] or 'CPU (emulator)'}, torch {versions['torch']}, NVRTC {versions['nvrtc']}"
+        where += ", without wgmma" * ("--no-wgmma" in record.get("command", ""))
         figure.suptitle(f"{message}\n{where}", fontsize=10)
         figure.savefig(path, format="png", dpi=_DPI)
 
@@ -110,34 +111,30 @@ def _ratios(figure, record):
 
 
 def _times(figure, record):
-    """A panel of bars for each class at the first and the smallest N, how times depend on N, and the roofline."""
+    """A panel of bars for each class at the first N, how times depend on N, and the roofline."""
     rows = _timed(record)
     if not rows:
         raise ValueError("no row has a time, so there is nothing to draw")
     models = [row for row in rows if row["what"] in MODELS | FLOAT16] or rows  # what users call, if it was measured
-    batches = dict.fromkeys(row["n"] for row in rows)
-    panels = [
-        (cls, n)
-        for n in dict.fromkeys((*list(batches)[:1], min(batches)))
-        for cls in dict.fromkeys(row["class"] for row in models)
-        if any((row["class"], row["n"]) == (cls, n) for row in models)
-    ]
-    heights = [2.4] * len(panels) + [3.4] * (len(batches) > 2) + [4] * bool(record["ceilings"])
+    batches = list(dict.fromkeys(row["n"] for row in rows))
+    models = [row for row in models if row["n"] == batches[0]]
+    classes = dict.fromkeys(row["class"] for row in models)
+    heights = [2.4] * len(classes) + [3.4] * (len(batches) > 2) + [4] * bool(record["ceilings"])
     figure.set_size_inches(_WIDTH, sum(heights) + 1.5)
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    bars = {}  # by n: its first panel, and what `_bars` returned for all of its panels
-    for (cls, n), panel in zip(panels, axes):
-        title = f"{_CLASSES[cls]}, {n} image{'s'[: n != 1]}"
-        title += ": host-bound, except in a CUDA graph" if n <= FEW_IMAGES else ""
-        found = _bars(panel, [row for row in models if (row["class"], row["n"]) == (cls, n)], title)
-        bars.setdefault(n, (panel, {}))[1].update(found)
-    for panel, found in bars.values():
-        _legend_above(panel, found)
+    bars = {}
+    for cls, panel in zip(classes, axes):
+        bars |= _bars(panel, [row for row in models if row["class"] == cls], _CLASSES[cls])
+    _legend_above(axes[0], bars)
     if len(batches) > 2:
-        _by_batch(axes[len(panels)], record)
+        _by_batch(axes[len(classes)], record)
     if record["ceilings"]:
         roofline(axes[-1], record)
-    return f"Time of a call, lower is faster. Bar: median; whisker: fastest to slowest of {record['trials']} trials"
+    images = f"{batches[0]} image{'s'[: batches[0] != 1]}" + ", host-bound" * (batches[0] <= FEW_IMAGES)
+    return (
+        f"Time of a call with {images}; lower is faster\n"
+        f"Bar: median; whisker: fastest to slowest of {record['trials']} trials"
+    )
 
 
 def _by_batch(panel, record):

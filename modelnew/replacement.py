@@ -93,7 +93,7 @@ def _reason_to_keep(module) -> str | None:
     if type(module) not in _OURS:
         return f"{type(module).__name__} is derived from PyTorch's layer"
     if getattr(module, "inplace", False):
-        return f"{type(module).__name__}(inplace=True) changes its input, ours do not"
+        return f"{type(module).__name__}(inplace=True) changes its input, ours do not: set inplace to False before"
     return None
 
 

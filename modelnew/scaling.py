@@ -25,7 +25,7 @@ from .model import BATCH, Model, ModelNew, get_init_inputs
 from .numerics import resolve
 from .timing import current
 
-TRIALS, STEPS = 10, 10
+TRIALS, STEPS, TINY_BATCH = 10, 10, 2
 TINY = (16, 16, 3, 1, 1, 1, 4), (16, 6, 8)  # arguments of the models, and an image
 FULL = tuple(get_init_inputs()), (64, 32, 32)
 _MOST_APART = 0.05  # rms of both models' gradients of the convolution's weight: TF32 moves some of pooling's winners
@@ -174,9 +174,11 @@ def show(record: dict) -> None:
 
 @click.command("scaling", short_help="Time a training step on all GPUs beside one.", context_settings=commands.SETTINGS)
 @click.option("--gpus", type=click.IntRange(min=2), help="How many.  [default: all; 2 processes on the CPU]")
-@click.option("--images", type=click.IntRange(min=1), default=BATCH, show_default=True, help="Images of each GPU.")
+@click.option(
+    "--images", type=click.IntRange(min=1), help=f"Images of each GPU.  [default: {BATCH}; {TINY_BATCH} with --tiny]"
+)
 @commands.trials_option(TRIALS)
-@click.option("--tiny", is_flag=True, help="Small layers and images: tries the command, on a CPU, too.")
+@click.option("--tiny", is_flag=True, help="Few images and small layers: tries the command, on a CPU, too.")
 @commands.device_option("or, with --tiny, cpu, which means the emulator")
 @commands.output_option("scaling")
 def scaling_command(gpus, images, trials, tiny, device, output):
@@ -186,6 +188,7 @@ def scaling_command(gpus, images, trials, tiny, device, output):
     first. Prints a table and writes a record (JSON).
     """
     device = commands.usable_device(device) if tiny else commands.gpu(device, "scaling without --tiny")
+    images = images or (TINY_BATCH if tiny else BATCH)
     count = gpus or (torch.cuda.device_count() if device.type == "cuda" else 2)
     if device.type == "cuda" and not 2 <= count <= (seen := torch.cuda.device_count()):
         raise click.ClickException(f"this takes at least 2 GPUs and at most those that torch sees, {seen}; not {count}")

@@ -9,7 +9,7 @@ import torch
 from tolerance import check, keep
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modelnew import Model, ModelNew, explain, functional, get_init_inputs, get_inputs, layers
+from modelnew import Model, ModelNew, Sequential, explain, functional, get_init_inputs, get_inputs, layers
 from modelnew.model import OPERATORS
 from modelnew.parity import RATIO, Error, Row, compare_models, tf32
 
@@ -336,6 +336,29 @@ def test_explain_any_module(device, launched):
     assert explain(torch.nn.ReLU(), x).endswith("backward: no kernel of ours")
     theirs = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.ReLU(), type("Own", (torch.nn.Tanh,), {})(), layers.Tanh())
     assert explain(theirs, x).endswith("\nPyTorch's, which modelnew.replace_layers can replace: 1 Tanh")
+
+
+def test_explain_chains(device):
+    """How each chain in a network runs, and why, whatever comes before it."""
+
+    def chain(channels, outputs, activation, pool, **options):
+        parts = layers.ConvTranspose2d(channels, outputs, 3, **options), layers.BatchNorm2d(outputs), activation()
+        return *parts, pool, layers.GroupNorm(4, outputs)
+
+    net = torch.nn.Sequential(
+        Sequential(torch.nn.Conv2d(3, 16, 1), *chain(16, 32, layers.Tanh, layers.MaxPool2d(2))),
+        Sequential(
+            *chain(32, 16, layers.Tanh, layers.MaxPool2d(2), stride=2),
+            *chain(16, 16, layers.LeakyReLU, layers.MaxPool2d(3, 3)),
+        ),
+    ).to(device)
+    lines = explain(net, torch.randn(2, 3, 12, 12, device=device)).splitlines()
+    assert lines[0] == "0.1 to 0.5: fused into one operator, tensor cores, fp32 class"
+    assert lines[1].startswith("1.0 to 1.4: fused into three operators, not one: the convolution has a stride")
+    assert lines[2].startswith("1.0 to 1.4: conv_transpose: general kernels")
+    assert lines[3].startswith("1.5 to 1.9: not fused: the pooling is not over 2x2 windows, or 3x3")
+    assert lines[4].startswith("1.5 to 1.9: conv_transpose: ")
+    assert [line.partition(":")[0] for line in lines[5:]] == ["forward", "backward"]
 
 
 class _Several(torch.nn.Module):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from cupy_kernels import source
 from modelnew import __main__ as cli
 from tools import readme
 
@@ -129,6 +130,16 @@ def test_is_current():
 def test_every_part_is_in_one_text():
     texts = [file.read_text(encoding="utf-8") for file in readme.FILES]
     assert all(sum(readme.MARKERS[0].format(name) in text for text in texts) == 1 for name in readme.PARTS)
+
+
+def test_the_network_is_as_fast_as_the_notebook_says():
+    notebook = json.loads((ROOT / "examples" / "05_your_network.ipynb").read_text(encoding="utf-8"))
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+    printed = "".join("".join(output.get("text", ())) for output in outputs)
+    times = [re.search(rf"^{what} .* ([\d.]+)x$", printed, re.MULTILINE)[1] for what in ("forward", "training step")]
+    forward, step = (f"{float(x):.1f} times as long" for x in times)
+    text = " ".join(TEXTS[README].split())
+    assert f"PyTorch takes {forward} forward and {step} for a step" in text
 
 
 def row(what="step", who="modelnew", ms=1.0, n=512, **options):
@@ -300,7 +311,8 @@ def test_with_records(repository):
     assert (
         "process: 1 of 2 find it right. It is as many times as fast as PyTorch: 5.00 (0.4 ms), 4.00 (0.5 ms)," in text
     )
-    assert "are at most 1.50 times as far from float64's as PyTorch's. Errors of its static checks: one; two." in text
+    assert "are at most 1.50 times as far from float64's as PyTorch's. What its static checks report as an" in text
+    assert " error: one; two." in text
     assert "median of 20 trials (up to 8 images: of 50 calls each), all in one process" in text
     assert "In a CUDA graph, ModelNew stands beside the fastest of all peers" in text
     assert "\n512 images:\n" in text
@@ -320,8 +332,12 @@ def test_with_records(repository):
     faster = "**ModelNew is 3.0 times as fast as PyTorch and 2.0 times as fast as torch.compile:**"
     assert f"{faster} training step, 512 images, with TF32, on one NVIDIA A.\n\n![" in text
     times = "forward, 1 image, with TF32: 0.25 ms; training step, 512 images, with TF32: 1 ms"
-    assert "torch.compile: mode 'default', in the faster memory format. Without" in text
-    assert f" Without `wgmma`, as with NVRTC 11.8 alone: {times}. {where}, `{BENCH['command']}`.</sub>" in text
+    assert f"torch.compile: mode 'default', in the faster memory format. {where}, `{BENCH['command']}`.</sub>" in text
+    assert "\n\n<sub>With NVRTC 11.8 alone, which does not compile `wgmma`, the fast matrix instructions of H" in text
+    assert f"H200: {times}.</sub>" in text
+    assert (
+        f"Of older kernels than the present ones, `{source.digest()[:12]}`: bench_a.json, bench_a_nvrtc11.8.js" in text
+    )
     assert "PyTorch: eager, NCHW. torch" in text
     assert f"{where.replace('kernels', 'without wgmma, kernels')}, `{mma['command']}`. Milliseconds" in text
     picture = (folder / "results" / "bench_a.svg").read_text(encoding="utf-8")
@@ -331,7 +347,7 @@ def test_with_records(repository):
     assert values == ["0.25 ms", "0.125 ms, 0.50x", "1 ms", "3 ms, 3.00x", "2 ms, 2.00x"]
     widths = [int(width) for width in re.findall('<rect.* width="([0-9]+)"', picture)]
     assert widths[2:] == [round(widths[3] * share) for share in (1 / 3, 1, 2 / 3)]
-    assert "| Tanh | 0.50x to 2.00x | 1.50x to 1.50x |\n" in text
+    assert "| Tanh |  |  | 0.50x to 2.00x | 1.50x |\n" in text
     assert "- `step`, tf32, 1 image: 0.50 times as long with mode 'reduce-overhead'\n" in text
     assert "A training step of 512 images on each of 2 GPUs" in text
     assert "| ModelNew | DistributedDataParallel | 1 | 1.25 | +0.25 | 0.80 |\n" in text

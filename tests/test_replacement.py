@@ -118,7 +118,7 @@ def test_what_is_replaced_and_what_is_kept(network):
         "1 BatchNorm3d\n"
         "fused where the kernels support it: a chain in bottom\n"
         "kept up: ParametrizedConvTranspose2d is derived from PyTorch's layer\n"
-        "kept last.1: LeakyReLU(inplace=True) changes its input, ours do not"
+        "kept last.1: LeakyReLU(inplace=True) changes its input, ours do not: set inplace to False before"
     )
     again = modelnew.replace_layers(network)
     assert not again.layers
@@ -163,7 +163,7 @@ def test_a_layer_alone(device):
     assert replaced.layers == {"": layer}
     kept = nn.LeakyReLU(inplace=True)
     assert str(modelnew.replace_layers(kept)).endswith(
-        "kept the module: LeakyReLU(inplace=True) changes its input, ours do not"
+        "kept the module: LeakyReLU(inplace=True) changes its input, ours do not: set inplace to False before"
     )
 
 

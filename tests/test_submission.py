@@ -306,7 +306,7 @@ def test_runs_without_the_package(tmp_path):
 
 
 def test_evaluation(tmp_path, device):
-    """The command that runs KernelBench's code, on a stand-in for it: its record, and the gradients that it compares."""
+    """The command that runs KernelBench's code, on a stand-in for it: the record, and the gradients."""
     assert "is no clone of KernelBench" in CliRunner().invoke(kernelbench_eval.command, [str(tmp_path)]).output
     code = tmp_path / "src" / "kernelbench"
     for folder in (code, (tmp_path / kernelbench_eval.PROBLEM).parent):

@@ -72,7 +72,10 @@ def without_wgmma(record) -> str:
     times = "; ".join(
         f"{name[0].lower()}{name[1:]}: {ms(rows['ModelNew'])} ms" for name, rows in _found(record).items()
     )
-    return f" Without `wgmma`, as with NVRTC {record['versions']['nvrtc']} alone: {times}."
+    return (
+        f"\n\n<sub>With NVRTC {record['versions']['nvrtc']} alone, which does not compile `wgmma`, the fast matrix "
+        f"instructions of H100 and H200: {times}.</sub>"
+    )
 
 
 def svg(record) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from cupy_kernels import source
 from modelnew import commands, layer_bench
 from modelnew.parity import RATIO
 from modelnew.records import GPU, GRAPH, HOST, bound, by_batch, comparisons, trials
@@ -44,6 +45,7 @@ _NEEDED = {
     "parity": ("passed", "failed", "skipped"),
     "scaling": ("command", "rows", "trials", "steps"),
     "fuzz": ("command", "cases", "failed"),
+    "host": ("command", "rows", "trials"),
     "kernelbench": ("command", "commit", "rows", "trials", "gradient_errors", "static_errors"),
 }
 
@@ -77,9 +79,8 @@ def _speed(results, folder) -> str:
                 f"{sentence}\n\n![Times of ModelNew, PyTorch and torch.compile]({picture})\n\n"
                 "<sub>Medians of trials. The contenders take turns in one process, the L2 cache is flushed before each "
                 f"call, and results are checked first. PyTorch: eager, NCHW{headline.channels_last(record)}. "
-                f"torch.compile: {headline.compiled_how(record)}."
+                f"torch.compile: {headline.compiled_how(record)}. {where(record)}, `{record['command']}`.</sub>"
                 + "".join(headline.without_wgmma(other) for _, other in found[1:] if "--no-wgmma" in other["command"])
-                + f" {where(record)}, `{record['command']}`.</sub>"
             )
     return _NO_TIMES
 
@@ -88,20 +89,24 @@ def _gains(results, _) -> str:
     """The range of each layer's means, from the first record of layers."""
     for _, record in itertools.islice(_records(results, "layers"), 1):
         means, worst = {}, []
-        for (operator, _, _, what), rows in layer_bench.groups(record).items():
+        for (operator, dtype, _, what), rows in layer_bench.groups(record).items():
             mean, smallest = layer_bench.mean_and_worst(rows)
-            means.setdefault(operator, {}).setdefault(what, []).append(mean)
+            means.setdefault(operator, {}).setdefault((dtype, what), []).append(mean)
             worst.append(smallest)
         least = min(filter(None, worst), default=math.inf)
-        lines = ["| PyTorch's time over ours | forward | step |", "|---|--:|--:|"]
+        lines = [
+            "| PyTorch's time over ours | forward, float32 | step, float32 | forward, float16 | step, float16 |",
+            "|---|--:|--:|--:|--:|",
+        ]
         for operator, found in means.items():
-            cells = [_range(found.get(what)) for what in ("forward", "step")]
+            dtypes = "tf32" if ("tf32", "step") in found else "fp32", "fp16"
+            cells = [_range(found.get((dtype, what))) for dtype in dtypes for what in ("forward", "step")]
             lines.append(f"| {operator} | {' | '.join(cells)} |")
         compiled = ", or torch.compile if faster" * any("compile_ms" in row for row in record["rows"])
         small = (
             f"<sub>{where(record)}, `{record['command']}`. PyTorch: eager{compiled}, in the same memory format. "
-            "Geometric means over shapes of well-known networks; a range is that of all dtypes and memory formats. "
-            f"Single shapes: from {least:.2f}x."
+            "Geometric means over shapes of well-known networks; a range is that of both memory formats. float32 "
+            f"convolutions may use TF32. Single shapes, in all dtypes: from {least:.2f}x."
         )
         if untimed := sorted({row["operator"] for row in record["rows"]} - {name.split(",")[0] for name in means}):
             small += f" Not timed: {', '.join(untimed)}."
@@ -111,7 +116,7 @@ def _gains(results, _) -> str:
 
 
 def _range(means) -> str:
-    return f"{min(means):.2f}x to {max(means):.2f}x" if means else ""
+    return " to ".join(dict.fromkeys(f"{mean:.2f}x" for mean in (min(means), max(means)))) if means else ""
 
 
 def _times(results, folder) -> str:
@@ -270,8 +275,8 @@ def _kernelbench(results, _) -> str:
             f"`examples/kernelbench_submission.py`, each in a new process: {sum(row['correct'] for row in rows)} of "
             f"{len(rows)} find it right. It is as many times as fast as PyTorch: {times}, means of {record['trials']} "
             "forwards. Gradients, which KernelBench does not compare, are at most "
-            f"{max(ours / theirs for ours, theirs in errors):.2f} times as far from float64's as PyTorch's. Errors of "
-            f"its static checks: {'; '.join(record['static_errors']) or 'none'}."
+            f"{max(ours / theirs for ours, theirs in errors):.2f} times as far from float64's as PyTorch's. What "
+            f"its static checks report as an error: {'; '.join(record['static_errors']) or 'nothing'}."
         )
     return "\n\n".join(parts) or _NO_KERNELBENCH
 
@@ -285,8 +290,8 @@ def _layers(results, folder) -> str:
         lines = [
             f"{where(record)}, `{record['command']}`. Layers of ours beside PyTorch's at {shapes} shapes of "
             f"well-known networks, median of {record['trials']} trials in turns, L2 flushed, results checked first. "
-            "PyTorch's time over ours: geometric mean, and in brackets the worst of those for which PyTorch takes over "
-            f"{layer_bench.LONG_US} us. Above 1x ours is faster."
+            "PyTorch's time over ours: geometric mean of all, and in brackets the least of those for which PyTorch "
+            f"takes over {layer_bench.LONG_US} us. Above 1x ours is faster."
             + (f" {missing} of {len(record['rows'])} rows have no time; the record says why." if missing else ""),
             "",
             "| | | forward, NCHW | step, NCHW | forward, channels_last | step, channels_last |",
@@ -334,9 +339,10 @@ def _training(results, folder) -> str:
             f"After each of the first {record['judged']} steps of SGD, from "
             f"{record['seeds']} seeds, output, parameters and running statistics of ModelNew are compared with a "
             f"float64 run, and with how far Model of the same class is from it: {sum(j['ok'] for j in judgements)} of "
-            f"{len(judgements)} comparisons pass. At worst the output is {of_output} times as far as Model's, the "
+            f"{len(judgements)} comparisons pass: ours is at most {RATIO} times as far as Model, or farther by no more "
+            f"than rounding and chance explain. At worst the output is {of_output} times as far as Model's, the "
             f"convolution's weight {of_weight}, and {worst['what']} {worst['rms'] / worst['torch_rms']:.2f} "
-            f"{CLASSES[worst['class']]}, the most of all (allowed: {RATIO}, and what rounding and chance explain)."
+            f"{CLASSES[worst['class']]}, the most of all."
             f"\n\nThen a demonstration: {record['steps']} steps on the same batches of {record['batch']}; "
             f"mean loss of the last {record['last']}: {', '.join(losses)}. Rounding is amplified in so many steps, "
             f"PyTorch's own too, so the ends are not compared.\n\n![Loss curves]({picture})"
@@ -350,7 +356,16 @@ def _suite(results, folder) -> str:
         for _, record in _records(results, "parity")
     ]
     head = ["The test suite on GPUs:", "", "| | passed | failed | skipped |", "|---|--:|--:|--:|"]
-    return "\n".join([*(head if lines else [_NO_SUITE]), *lines, *_fuzz(results)])
+    return "\n".join([*(head if lines else [_NO_SUITE]), *lines, *_fuzz(results), *_older(results)])
+
+
+def _older(results) -> list[str]:
+    """Names the records of other kernels than the present ones."""
+    records = [(path, record) for kind in _NEEDED for path, record in _records(results, kind)]
+    names = sorted(path.name for path, record in records if record["digest"] != source.digest())
+    return (
+        ["", f"Of older kernels than the present ones, `{source.digest()[:12]}`: {', '.join(names)}."] if names else []
+    )
 
 
 def _fuzz(results) -> list[str]:
