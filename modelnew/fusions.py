@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
-from torch.nn.modules.module import _has_any_global_hook
 
 from cupy_kernels.errors import UnsupportedError
 
@@ -17,6 +16,7 @@ from .functional.conv_bn_pool import check_three, is_plain
 from .functional.max_pool import pool_of
 from .functional.resident_conv_bn_pool import fused_plan
 from .functional.traced.conv_bn_pool import conv_bn_activation_max_pool_group_norm_or_parts
+from .shortcuts import any_global_hook
 
 
 class Chain(NamedTuple):
@@ -141,7 +141,7 @@ def plan_of(children: dict[str, nn.Module], x: torch.Tensor):
 
 def _unsupported_reason(chain, names, children, x) -> str | None:
     """Why the modules, or the shape of x, do not allow the chain's operator; None if they do."""
-    if _has_any_global_hook():
+    if any_global_hook():
         return "there are hooks for all modules"
     if isinstance(x, torch.fx.Proxy):
         return "torch.fx.symbolic_trace records the layers"

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional, layers
 from .fusions import plan_of, run_fused, unchanged
 from .numerics import check_numerics
+from .shortcuts import any_global_hook
 
 OPERATORS = ("conv_transpose", "batch_norm", "tanh", "max_pool", "group_norm")
 
@@ -132,7 +132,7 @@ class ModelNew(nn.Module):
         if fused is not None:
             return fused
         norm, tanh, pool = self.batch_norm, self.tanh, self.max_pool
-        hooked = _has_any_global_hook() or isinstance(x, torch.fx.Proxy)
+        hooked = any_global_hook() or isinstance(x, torch.fx.Proxy)
         fuse_norm = not hooked and unchanged(norm, layers.BatchNorm2d)
         fuse_tanh = not hooked and unchanged(tanh, layers.Tanh)
         fuse_pool = not hooked and unchanged(pool, layers.MaxPool2d) and not pool.return_indices

@@ -6,11 +6,15 @@ The fallback is used if a version of torch lacks the private function.
 from collections.abc import Callable
 
 import torch
+from torch.nn.modules import module
 
 try:
     from torch._C._dynamo import guards
 except ImportError:
     guards = None
+
+
+_KINDS_OF_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 
 
 class Public:
@@ -39,6 +43,11 @@ class Public:
         return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
     @staticmethod
+    def any_global_hook() -> bool:
+        """Whether there are hooks for all modules."""
+        return any(getattr(module, f"_global_{kind}_hooks") for kind in _KINDS_OF_HOOKS)
+
+    @staticmethod
     def guard_of(tensors: list[torch.Tensor]) -> Callable | None:
         """guard(*others): whether tensors are of the same kinds as `tensors`. None if torch cannot tell.
 
@@ -60,6 +69,7 @@ class Public:
 current_device = getattr(torch._C, "_cuda_getDevice", Public.current_device)
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", Public.raw_stream)
 any_autocast = getattr(torch._C, "_is_any_autocast_enabled", Public.any_autocast)
+any_global_hook = getattr(module, "_has_any_global_hook", Public.any_global_hook)
 _precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 

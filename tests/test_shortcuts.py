@@ -42,6 +42,15 @@ def test_autocast():
     assert shortcuts.any_autocast() == Public.any_autocast() is False
 
 
+def test_any_global_hook():
+    register = torch.nn.modules.module
+    for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        hook = getattr(register, f"register_module_{kind}")(lambda *_: None)
+        assert bool(shortcuts.any_global_hook()) is Public.any_global_hook() is True, kind
+        hook.remove()
+        assert bool(shortcuts.any_global_hook()) is Public.any_global_hook() is False, kind
+
+
 def test_allocator(device):
     for allocator in (shortcuts.allocator, Public.allocator):
         found = allocator(torch.device(device))((2, 3), (1, 2), torch.float16)
