@@ -37,10 +37,10 @@ def images_for(device: torch.device) -> int | None:
     return IMAGES if free > _MEMORY else IMAGES // 16
 
 
-# What becomes of a case's first tensor, {size: function}: as it is, of odd length, and without elements.
+# What becomes of a case's first tensor, {size: function}: as it is, of odd height and width, and without elements.
 SIZES = {
     "": lambda tensor: tensor,
-    "odd": lambda tensor: tensor[..., : (tensor.shape[-1] - 1) | 1].contiguous(),
+    "odd": lambda tensor: tensor[..., : (tensor.shape[-2] - 1) | 1, : (tensor.shape[-1] - 1) | 1].contiguous(),
     "empty": lambda tensor: tensor[:0],
 }
 

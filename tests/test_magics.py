@@ -19,7 +19,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 import cupy_kernels
 from cupy_kernels import compiler, emulator, source, tinker
-from cupy_kernels.errors import BackendError
+from cupy_kernels.errors import BackendError, EmulatorError
 from cupy_kernels.launch import observed
 from modelnew import checks, functional, magics
 from modelnew.functional import tanh
@@ -371,6 +371,38 @@ def test_every_check_passes(device, case):
         rows = checks.compare(case, dtype, torch.device(device), 8 if device == "cuda" else None)
         assert rows
         assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+
+
+IN_BOUNDS = "plane + i * period < planes"
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "message"),
+    [
+        ("max_pool_forward", IN_BOUNDS, "true", r"writes out of bounds: y\["),
+        ("max_pool_backward", IN_BOUNDS, "true", r"writes out of bounds: dx\["),
+        ("max_pool_select", IN_BOUNDS, "true", r"reads out of bounds: argmax\["),
+        ("depthwise_wgrad", "__syncthreads();", "", "race: .* scratch"),
+        ("thin_forward", "__syncthreads();", "", "is a barrier missing"),
+        ("conv_gather", "k + row < channels_in", "true", r"reads out of bounds: packed\["),
+        ("bn_pool_backward", "2 * item.row + 1 < height", "true", r"reads out of bounds: x\["),
+    ],
+)
+def test_what_the_checks_of_a_kernel_find(name, right, wrong, message):
+    """Planes, channels and rows that fill no thread, no tile and no window; and channels_last."""
+    text = cupy_kernels.text(name)
+    assert right in text
+    with pytest.raises(EmulatorError, match=message):
+        magics.judge(name, text.replace(right, wrong, 1), device="cpu", seconds=math.inf)
+
+
+def test_a_race_of_reads_that_are_unchecked(monkeypatch):
+    """In ascending order, threads find what is right."""
+    monkeypatch.delenv("CUPY_KERNELS_SEED", raising=False)
+    monkeypatch.setattr(checks, "CASES", [case for case in checks.CASES if "large planes" in case.what])
+    text = cupy_kernels.text("batch_norm_apply").replace("__syncthreads();", "", 1)
+    rows = magics.judge("batch_norm_apply", text, device="cpu", seconds=math.inf).rows
+    assert {"odd size" in row.what for row in rows if not row.ok} == {True}
 
 
 @pytest.mark.parametrize("file", [f for f in source.names() if f.endswith(".cu") and f not in SYNC])

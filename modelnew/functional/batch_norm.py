@@ -314,10 +314,10 @@ def per_channel(c):
     return {"weight": weight, "bias": torch.rand(c) - 0.5, "_mean": torch.rand(c) / 5, "_var": torch.rand(c) + 0.5}
 
 
-def norm_inputs(images):
+def norm_inputs(images, shape=activations):
     """x and `per_channel`."""
-    shape = activations(images)
-    return {"x": torch.randn(shape), **per_channel(shape[1])}
+    x = torch.randn(shape(images))
+    return {"x": x, **per_channel(x.shape[1])}
 
 
 def _large_planes(images):

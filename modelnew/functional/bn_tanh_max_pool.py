@@ -1,5 +1,7 @@
 """Max pooling of tanh, and of tanh of a batch norm, fused in one kernel each way."""
 
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from cupy_kernels.bn_tanh_max_pool import (
 )
 
 from ..calls import call, dense_after
-from ..cases import Case, activations, first, sums_of
+from ..cases import Case, first, odd_planes, sums_of
 from ..interop import accumulator_dtype, check_floating, dense
 from ..untraced import untraced
 from .batch_norm import batch_norm_gradients, norm_inputs, of_tensors, statistics, torch_norm
@@ -187,7 +189,7 @@ def check_input(input) -> None:
 
 
 def _x(images):
-    return {"x": torch.randn(activations(images))}
+    return {"x": torch.randn(odd_planes(images))}
 
 
 def clear_winners(before_pooling, kernel_size=2, stride=2, padding=0):
@@ -204,6 +206,7 @@ def clear_winners(before_pooling, kernel_size=2, stride=2, padding=0):
     return gradient
 
 
+_norm_inputs = functools.partial(norm_inputs, shape=odd_planes)
 _FILES = ("bn_tanh_max_pool.cu",)
 CASES = (
     *(
@@ -212,8 +215,8 @@ CASES = (
             (*_FILES, "batch_norm.cu"),
             of_tensors(bn_tanh_max_pool2d, training),
             torch_norm(lambda y: F.max_pool2d(y.tanh(), 2), training),
-            norm_inputs,
-            sums_of(norm_inputs),
+            _norm_inputs,
+            sums_of(_norm_inputs),
             gradient=clear_winners(torch_norm(torch.tanh, training)),
         )
         for training in (True, False)

@@ -250,6 +250,13 @@ def conv_inputs(images):
     return {"x": torch.rand(shapes[0]), "w": torch.randn(shapes[1]) / 40, "bias": torch.randn(shapes[1][1])}
 
 
+def _general_inputs(images):
+    """The small ones have channels that fill no tile."""
+    if images:
+        return conv_inputs(images)
+    return {"x": torch.rand(2, 13, 9, 11), "w": torch.randn(13, 15, 3, 3) / 40, "bias": torch.randn(15)}
+
+
 def conv_terms(images):
     """`Case.terms` for `conv_inputs`."""
     n, k, m, taps, pixels = (images, 64, 128, 25, 34 * 34) if images else (2, 16, 16, 9, 99)
@@ -282,10 +289,11 @@ def _strided(numerics, memory_format):
 
 
 def _depthwise_inputs(images):
-    channels = 64 if images else 5
+    channels = 64 if images else 36  # with channels_last, blocks of wgrad have 32
     return {"x": torch.rand(images or 2, channels, 16, 15), "w": torch.randn(channels, 1, 4, 4)}
 
 
+_FORMATS = ("", torch.contiguous_format), (", channels_last", torch.channels_last)
 _GENERAL = ("conv_transpose.cu", "conv_transpose_wgrad.cu", "channel_sum.cu")
 _MMA = ("conv_transpose_mma.cu", "pack_weight_fp16.cu", "conv_wgrad_mma.cu", "fp16_tiles.cu")
 _GATHER_GEMM = ("gather_gemm.cu", "gather_gemm_pack.cu", "gather_gemm_wgrad.cu", "fp16_tiles.cu")
@@ -295,7 +303,7 @@ CASES = (
         _GENERAL,
         _conv("fp32"),
         torch_conv,
-        conv_inputs,
+        _general_inputs,
         conv_terms,
         within=without_tensor_cores,
     ),
@@ -313,24 +321,30 @@ CASES = (
         )
         for numerics, memory_format in (("tf32", torch.contiguous_format), ("fp32", torch.channels_last))
     ),
-    Case(
-        "conv_transpose2d to one channel",
-        ("thin_forward.cu", "thin_gradients.cu", "channel_sum.cu"),
-        lambda x, w, bias: conv_transpose2d(x, w, bias, 1, 1),
-        lambda x, w, bias: F.conv_transpose2d(x, w, bias, 1, 1),
-        lambda images: {
-            "x": torch.rand(images or 2, 3, 128, 128),
-            "w": torch.randn(3, 1, 3, 3),
-            "bias": torch.randn(1),
-        },
-        lambda images: dict.fromkeys(("gradient of w", "gradient of bias"), (images or 2) * 128**2),
+    *(
+        Case(
+            f"conv_transpose2d to one channel{what}",
+            ("thin_forward.cu", "thin_gradients.cu", "channel_sum.cu"),
+            lambda x, w, bias, format=format: conv_transpose2d(x.to(memory_format=format), w, bias, 1, 1),
+            lambda x, w, bias: F.conv_transpose2d(x, w, bias, 1, 1),
+            lambda images: {
+                "x": torch.rand(images or 2, 3, 128, 128),
+                "w": torch.randn(3, 1, 3, 3),
+                "bias": torch.randn(1),
+            },
+            lambda images: dict.fromkeys(("gradient of w", "gradient of bias"), (images or 2) * 128**2),
+        )
+        for what, format in _FORMATS
     ),
-    Case(
-        "conv_transpose2d, depthwise",
-        ("depthwise_conv_transpose.cu",),
-        lambda x, w: conv_transpose2d(x, w, None, 2, 1, groups=len(w)),
-        lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, groups=len(w)),
-        _depthwise_inputs,
-        lambda images: {"gradient of w": (images or 2) * 16 * 15},
+    *(
+        Case(
+            f"conv_transpose2d, depthwise{what}",
+            ("depthwise_conv_transpose.cu",),
+            lambda x, w, format=format: conv_transpose2d(x.to(memory_format=format), w, None, 2, 1, groups=len(w)),
+            lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, groups=len(w)),
+            _depthwise_inputs,
+            lambda images: {"gradient of w": (images or 2) * 16 * 15},
+        )
+        for what, format in _FORMATS
     ),
 )

@@ -12,7 +12,7 @@ from cupy_kernels.max_pool import max_pool_backward, max_pool_forward, max_pool_
 from cupy_kernels.pool import Pool, pool_output_size
 
 from ..calls import call
-from ..cases import Case, activations
+from ..cases import Case, activations, odd_planes
 from ..formats import channels_last, dense_in, restored, stored
 from ..interop import check_floating, pair
 from ..untraced import untraced
@@ -226,8 +226,8 @@ def _gradient_of(pool, _x, dy):
         return torch.autograd.grad(pool(x, 2), x, dy, create_graph=True)[0]
 
 
-def _gradient_inputs(images):
-    *shape, height, width = activations(images)
+def _gradient_inputs(images, shape=activations):
+    *shape, height, width = shape(images)
     return {"_x": torch.randn(*shape, height, width), "dy": torch.randn(*shape, height // 2, width // 2)}
 
 
@@ -236,8 +236,12 @@ def _last(inputs):
     return lambda images: {k: t.contiguous(memory_format=torch.channels_last) for k, t in inputs(images).items()}
 
 
-def _inputs(images):
-    return {"input": torch.randn(activations(images))}
+def _inputs(images, shape=activations):
+    return {"input": torch.randn(shape(images))}
+
+
+def _odd(inputs):
+    return functools.partial(inputs, shape=odd_planes)
 
 
 OVERLAPPING = {"kernel_size": 3, "stride": 2, "padding": 1}
@@ -252,8 +256,8 @@ CASES = (
             inputs,
         )
         for window, what, file, inputs in (
-            ({"kernel_size": 2}, "", "max_pool.cu", _inputs),
-            (OVERLAPPING, "", "max_pool.cu", _inputs),
+            ({"kernel_size": 2}, "", "max_pool.cu", _odd(_inputs)),
+            (OVERLAPPING, "", "max_pool.cu", _odd(_inputs)),
             (OVERLAPPING, ", channels_last", "max_pool_channels_last.cu", _last(_inputs)),
             (_LARGE, "", "max_pool_separable.cu", _inputs),
         )
@@ -267,7 +271,7 @@ CASES = (
             inputs,
         )
         for what, file, inputs in (
-            ("", "max_pool.cu", _gradient_inputs),
+            ("", "max_pool.cu", _odd(_gradient_inputs)),
             (", channels_last", "max_pool_channels_last.cu", _last(_gradient_inputs)),
         )
     ),
