@@ -7,6 +7,7 @@ from typing import NamedTuple
 from . import cache
 from .source import Kernel, in_force, unit
 
+MAX_SHARED_BYTES = 227 << 10  # of a block, on the GPUs that have most
 _listeners = []
 
 

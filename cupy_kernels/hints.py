@@ -77,6 +77,9 @@ def _any(patterns, name):
 
 def of_message(message: str) -> str:
     """What replaces the names that a compiler's message quotes; "" for names that are not known here."""
+    # Of a call without a place: the emulator's of the kernel.
+    if re.search(r'has "C" linkage|declaration of C function|^error: (no .* )?call (of|to)', message, re.MULTILINE):
+        return "the kernel has the name of a function of CUDA or of the emulator: give it another"
     if re.search(r"ambiguous|more than one instance of overloaded function", message):
         return (
             "a call is ambiguous: write 0.0f for 0 in max(x, 0) of a float x, and in from_acc<scalar_t>(0); and "

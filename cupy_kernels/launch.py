@@ -18,7 +18,6 @@ from .source import Kernel, Parameter
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 BLOCK_LIMITS = (1024, 1024, 64)
 MAX_THREADS = 1024
-MAX_SHARED_BYTES = 227 << 10  # of a block, on the GPUs that have most
 
 NULL = np.uint64(0)  # a null pointer
 _observers = []

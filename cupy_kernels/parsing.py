@@ -77,6 +77,12 @@ def declarations(text: str) -> dict[str, list[tuple[str, str]]]:
     }
 
 
+def bounds(text: str) -> dict[str, str]:
+    """{kernel: the number of threads in its __launch_bounds__, as `text` has it}"""
+    found = {name: re.search(rf"__launch_bounds__\s*({_PARENTHESES})", m[0]) for name, m in definitions(text).items()}
+    return {name: match[1][1:-1].split(",")[0] for name, match in found.items() if match}
+
+
 def _split(declaration: str) -> tuple[str, str]:
     found = re.fullmatch(r"(.*?)(\w+)\s*((?:\[[^]]*\])?)", declaration.strip(), re.DOTALL)
     if (

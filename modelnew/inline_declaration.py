@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from cupy_kernels import hints, parsing, source
+from cupy_kernels.backend import MAX_SHARED_BYTES
 from cupy_kernels.common import scalar_macros
-from cupy_kernels.launch import MAX_SHARED_BYTES, MAX_THREADS
+from cupy_kernels.launch import MAX_THREADS
 from cupy_kernels.source import Kernel, signature
 
 from .interop import FLOATS, TORCH

@@ -45,8 +45,19 @@ def test_nvrtc_is_asked_about_what_the_emulator_refuses(x, y):
 def test_values_that_code_must_compute(inside, x, y):
     """The code of a variable outside of functions would run as its library is loaded, and end Python."""
     text = COPY.replace("{ ", f"{{ {inside} ", 1) if inside else f"__device__ S outside; {COPY}"
-    with pytest.raises(KernelCompileError, match=r"computed: a GPU does not run that\. Set it in the kernel"):
+    with pytest.raises(KernelCompileError, match=r"computed: a GPU does not run that\. Set it in the kernel") as error:
         run("struct S { float v; __device__ S() : v(threadIdx.x) {} };\n" + text, x, y)
+    assert "can run on a GPU" not in str(error.value)  # NVRTC takes __shared__ S s, and leaves the constructor out
+
+
+@pytest.mark.parametrize("name", ["round", "run"])
+def test_a_kernel_named_like_a_function(name, x, y):
+    text = COPY.replace("void copy(", f"void {name}(").replace("float* y", "float* y, int n")
+    with (
+        source.override({"planted.cu": text}),
+        pytest.raises(KernelCompileError, match=r"the name of a function of CUDA or of the emulator: give it another"),
+    ):
+        emulator.backend.compiled(Kernel("planted.cu", name))
 
 
 def test_shared_variables_of_templates_where_gcc_cannot_retain(monkeypatch, fresh, x, y):

@@ -36,10 +36,10 @@ from importlib import resources
 from pathlib import Path
 
 from .. import cache, forks, nvrtc, source
-from ..backend import Backend, Room
+from ..backend import MAX_SHARED_BYTES, Backend, Room
 from ..compile_errors import MACROS, compile_error
 from ..errors import BackendError, EmulatorError, KernelCompileError
-from ..parsing import EXTERN_SHARED, declarations, dynamic_shared
+from ..parsing import EXTERN_SHARED, bounds, declarations, dynamic_shared
 from ..source import Kernel, is_packaged, unit_of_file
 from . import elf, lines, messages, variables
 
@@ -58,9 +58,12 @@ CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the exten
 # Reads and writes of an array by a pointer that has left it. The package's own kernels do without: it takes time.
 CHECKS_OF_EDITS = ("-fsanitize=object-size", "-Wuninitialized")
 GCC_CHECKS_OF_EDITS = ("-Wmaybe-uninitialized",)  # clang has -Wconditional-uninitialized in its place
+# g++ checks no struct that is passed by value from memory to a function that it does not inline.
+GCC_CHECKS_OF_EDITS += tuple(f"--param=max-inline-insns-{kind}=1000" for kind in ("auto", "single", "small"))
 CODE = (".text", ".rodata")  # sections of a library
 WARNINGS = "cu_warnings"  # the section of a library that has what the compiler warned of
 MOST_STATIC_SHARED_BYTES = 48 << 10  # of a kernel, on every GPU
+NOT_ON_A_GPU = "a GPU does not run that"  # though NVRTC takes some of it, with a warning
 GCC_CHECKS = ("-fno-tree-tail-merge", "-fno-crossjumping")  # what two branches have in common stays two operations
 _COUNTER = "-Wno-c2y-extensions"  # __COUNTER__ is one to clang 22
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
@@ -211,6 +214,8 @@ class Emulator(Backend):
                     whole.runs = (getattr(other.result(), f"emulator_{name}"), *whole.runs)
         shared = [v.bytes for v in found if v.shared]
         needed = sum(shared) if len(entries) == 1 else max(shared, default=0)
+        for name in entries:
+            getattr(library, f"emulator_{name}").shared_bytes = needed
         if needed > MOST_STATIC_SHARED_BYTES:
             raise KernelCompileError(
                 f"{kernel}: its __shared__ variables have {needed} bytes; a GPU takes {MOST_STATIC_SHARED_BYTES} bytes "
@@ -234,6 +239,7 @@ def _entries(library, built, names, kind="so") -> list[elf.Variable]:
         entry = getattr(library, f"emulator_{name}")
         entry.restype, entry.variables, entry.built = ctypes.c_char_p, table, built
         entry.same, entry.runs, entry.kind = same, (entry,), kind
+        entry.bound = getattr(library, f"emulator_bound_{name}", None)
     return found
 
 
@@ -244,7 +250,7 @@ def _refused(kernel, error) -> KernelCompileError:
     except KernelCompileError as of_nvrtc:
         return compile_error(kernel, error.log, f"NVRTC {nvrtc.version()}", of_nvrtc.log)
     takes = f"\nNVRTC {version} takes this text: it can run on a GPU, and not on the emulator"
-    return KernelCompileError(f"{error}{takes * bool(version)}")
+    return KernelCompileError(f"{error}{takes * bool(version and NOT_ON_A_GPU not in error.log)}")
 
 
 def _run(packed) -> None:
@@ -266,6 +272,8 @@ def _run(packed) -> None:
     launch = _Launch(parameters, words.ctypes.data, len(parameters), step.grid, step.block, step.shared_bytes)
     launch.seed, launch.cooperative = _seed(), step.cooperative
     whole = packed.numbers[0]
+    if refused := _too_large(step, whole):
+        raise EmulatorError(f"{step.kernel}: {refused}")
     with _one_at_a_time, _time_limit(limit):
         _runtime().emulator_begin()
         for entry in whole.runs:
@@ -283,6 +291,18 @@ def _run(packed) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     raise KeyboardInterrupt(f"{message}. CUPY_KERNELS_TIMEOUT=5 in the environment stops launches after 5 seconds")
+
+
+def _too_large(step, entry) -> str:
+    """What a launch has more of than a GPU takes; "" if there is nothing."""
+    if entry.bound and math.prod(step.block) > entry.bound():
+        return f"block {tuple(step.block)} has more threads than its __launch_bounds__({entry.bound()})"
+    if step.shared_bytes and entry.shared_bytes + step.shared_bytes > MAX_SHARED_BYTES:
+        return (
+            f"__shared__ variables of {entry.shared_bytes} bytes and {step.shared_bytes} bytes of dynamic shared "
+            f"memory are more than the {MAX_SHARED_BYTES} bytes that a block can have"
+        )
+    return ""
 
 
 @contextlib.contextmanager
@@ -418,6 +438,7 @@ def _translation_unit(kernel: Kernel) -> str:
     text = _ALIGNED_SHARED.sub(r"\1 __shared__", _STATIC_SHARED.sub("", text)).replace("#pragma once", "")
     unknown = " ".join(sorted({*_UNKNOWN.split(), *_BUILTIN.findall(text)} - _KNOWN))
     entries = "\n".join(_entry(name, parameters) for name, parameters in declarations(unit_of_file(kernel)).items())
+    entries += "" if is_packaged(kernel) else "".join(map(_bound, bounds(unit_of_file(kernel)).items()))
     return (
         f'#line 1 "cuda.h"\n{_text("cuda.h")}\n#pragma GCC poison {unknown}\n#line 1 "{MACROS}"\n{macros}\n{text}\n'
         f'#line 1 "emulator_entries"\n{entries}\n'
@@ -434,6 +455,13 @@ def _text(name: str) -> str:
 def _entry(name, parameters) -> str:
     arguments = (f"emulator::Argument{{arguments[{i}]}}" for i in range(len(parameters)))
     return f"EMULATOR_ENTRY({name}, {', '.join(arguments)})"
+
+
+def _bound(kernel) -> str:
+    """A function that returns the kernel's __launch_bounds__, which may depend on macros and constants of the text."""
+    name, threads = kernel
+    visible = 'extern "C" UNCHECKED __attribute__((visibility("default")))'
+    return f"\n{visible} unsigned emulator_bound_{name}() {{ return {threads}; }}"
 
 
 def _call(command):
@@ -459,7 +487,7 @@ def _build(kernel: Kernel, text: str, command: list[str]) -> bytes:
             _call([*compiler(), *LINES, "-shared", str(assembly), "-o", str(built), "-lm"])
             library = built.read_bytes()
             if kernel and library.startswith(b"\x7fELF") and (computed := elf.computed(library)):
-                raise compile_error(kernel, f"error: {computed}: a GPU does not run that. Set it in the kernel")
+                raise compile_error(kernel, f"error: {computed}: {NOT_ON_A_GPU}. Set it in the kernel")
             return library
     except (OSError, subprocess.CalledProcessError) as error:
         log = (getattr(error, "stderr", None) or b"").decode(errors="replace")

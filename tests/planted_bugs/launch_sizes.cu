@@ -53,3 +53,22 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     int i = (blockIdx.x % 4) * blockDim.x + threadIdx.x;
     y[i] = x[i];
 }
+
+//// more threads than a bound of the text's own
+// error: block \(256, 1, 1\) has more threads than its __launch_bounds__\(128\)
+#define WARPS @8@4@
+constexpr int LANES = 32;
+extern "C" __global__ void __launch_bounds__(WARPS * LANES, 2) planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = x[i];
+}
+
+//// static and dynamic shared memory that are too large together
+// error: __shared__ variables of 40000 bytes and 200000 bytes of dynamic shared memory are more than the 232448
+// x: 256, y: 256, grid: 1, shared: @190000@200000@
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    extern __shared__ float s[];
+    __shared__ float r[10000];
+    s[threadIdx.x] = r[threadIdx.x] = x[threadIdx.x];
+    y[threadIdx.x] = s[threadIdx.x] + r[threadIdx.x];
+}

@@ -649,3 +649,26 @@ extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
         y[1 + blockIdx.x] = y[0];
     }
 }
+
+//// structs that a function takes by value
+// error: race: thread 0 reads all\[1\]
+// x: 128, y: 1, grid: 1, block: 128
+struct Moments {
+    float mean, squares;
+    int count;
+};
+__device__ Moments merged(Moments a, Moments b) {
+    int count = a.count + b.count;
+    if (count == 0) return a;
+    float d = b.mean - a.mean;
+    return {a.mean + d * b.count / count, a.squares + b.squares + d * d * a.count * b.count / count, count};
+}
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ Moments all[4];
+    if (threadIdx.x % 32 == 0) all[threadIdx.x / 32] = {x[threadIdx.x], 0, 1};
+    @__syncthreads@__syncwarp@();
+    if (threadIdx.x > 0) return;
+    Moments total = all[0];
+    for (int k = 1; k < 4; k++) total = merged(total, all[k]);
+    y[0] = total.squares;
+}
