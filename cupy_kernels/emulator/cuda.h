@@ -26,7 +26,7 @@ extern "C" void* memset(void*, int, size_t);
 #define __CUDACC_RTC__ 1
 #define __CUDACC_VER_MAJOR__ 11  // of the oldest NVRTC that is supported
 #define __CUDACC_VER_MINOR__ 8
-#define __CUDA_ARCH__ 600  // has all atomic functions; what a text has for newer ones is often asm
+#define __CUDA_ARCH__ 700  // the oldest that kernels run on; what a text has for newer ones is often asm
 #ifndef __clang__
 #define __builtin_assume(condition) ((void)0)
 #endif
@@ -141,7 +141,7 @@ EMULATOR_INSTEAD double remquo(double x, double y, int* quotient) {
 #define EMULATOR_ENTRY(kernel, ...) \
     static __attribute__((no_sanitize("address"))) void kernel##_body() { \
         using emulator::arguments; \
-        kernel(__VA_ARGS__); \
+        (kernel)(__VA_ARGS__); /* in parentheses: else a name such as run is looked for in emulator, too */ \
     } \
     extern "C" UNCHECKED __attribute__((visibility("default"))) const char* emulator_##kernel( \
         const emulator::Launch& launch) { \

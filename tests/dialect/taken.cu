@@ -298,7 +298,7 @@ template <class T, int W> struct alignas(sizeof(T) * W) Pack { T v[W]; }; ;; aut
 ;; __shared__ float2 v2[8]; v2[t % 8] = make_float2(1, 2); y[0] = v2[0].x;
 ;; __shared__ half_t hs[8]; hs[0] = from_acc<half_t>(f); y[0] = to_acc(hs[0]);
 ;; __shared__ struct { float4 v; int k; } sv; sv.v.x = 1; y[0] = sv.v.x;
-;; static_assert(__CUDA_ARCH__ >= 600, "or the text defines atomicAdd of doubles"); y[0] = __CUDA_ARCH__;
+;; static_assert(__CUDA_ARCH__ >= 700, "the oldest GPU on which kernels run"); y[0] = __CUDA_ARCH__;
 __device__ float max(float a, float b) { return a < b ? b : a; } ;; y[0] = max(f, 1.0f) + max(i, 2) + max(d, 1.0);
 static __device__ __forceinline__ int min(int a, int b) { return a < b ? a : b; } ;; y[0] = min(i, 2) + min(f, 2.0f);
 template <class T> __device__ void swap(T& a, T& b) { T c = std::move(a); a = std::move(b); b = std::forward<T>(c); } ;; float v = 1, w = 2; swap(v, w); y[0] = v;
