@@ -22,7 +22,8 @@ from cupy_kernels.variants import variants
 from modelnew import parity
 from tools import kernelbench_eval, submission
 
-FILE = Path(__file__).resolve().parents[1] / "examples" / "kernelbench_submission.py"
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "examples" / "kernelbench_submission.py"
 SMALL = [16, 32, 3, 1, 1, 1, 4]
 
 # What KernelBench does, in a process that has no package to import.
@@ -316,7 +317,7 @@ def test_evaluation(tmp_path, device):
         (code / f"{name}.py").write_text(text)
     command = [sys.executable, "-m", "tools.kernelbench_eval", tmp_path, "--processes", "2", "--output", tmp_path]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hidden})
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **hidden})
     if device == "cpu":
         assert "KernelBench's evaluation needs a GPU" in done.stderr
         return
