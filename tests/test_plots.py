@@ -53,7 +53,7 @@ def test_a_plot_is_readable_where_it_is_shown(path, monkeypatch, tmp_path):
             assert figure.bbox.x0 <= box.x0
             assert box.x1 <= figure.bbox.x1
         bars = [panel for panel in panels if panel.get_ylabel() == "milliseconds"]
-        assert [panel.get_legend() is not None for panel in bars] == [True, False, False, False][: len(bars)]
+        assert [panel.get_legend() is not None for panel in bars] == [panel is bars[0] for panel in bars]
 
 
 def test_ceilings_are_named_by_what_they_are(monkeypatch, tmp_path):
