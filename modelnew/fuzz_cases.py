@@ -342,7 +342,7 @@ def _chain(activation, draw):
             y = before(**tensors)[0]
         near = max(3 * NEAR_TIE[numerics], 64 * torch.finfo(dtype).eps if dtype in HALVES else 0)
         weight = y.new_ones(output) if group_weight is None else group_weight
-        return incoming_gradient(y, F.max_pool2d(y, 2), groups, weight, near, seed=0)
+        return incoming_gradient(y, F.max_pool2d(y, 2), groups, weight, near, 0, activation != "tanh")
 
     pixels = math.prod(n - 2 * padding + size - 1 for n in shape[2:])
     sums = dict.fromkeys((f"gradient of {name}" for name in tensors), shape[0] * pixels // 4)

@@ -129,9 +129,10 @@ def compare_models(model: Model, model_new: ModelNew, x: torch.Tensor, cls: str 
         for few images, `tf32_rounding` replaces it.
     seed: of the incoming gradient.
 
-    The incoming gradient is random, but nothing flows back into pooling windows whose two largest values are so close
-    that rounding decides between them. One different maximum changes every gradient by a thousand times its rounding
-    error, in PyTorch's float32 run as much as in ours.
+    The incoming gradient is random, but nothing flows back into pooling windows where rounding decides about the
+    gradient: their two largest values are too close, or the largest is too close to the kink of LeakyReLU, at 0. One
+    different decision changes every gradient by a thousand times its rounding error, in PyTorch's float32 run as much
+    as in ours.
 
     Raises ValueError for another cls.
     """
@@ -144,8 +145,9 @@ def compare_models(model: Model, model_new: ModelNew, x: torch.Tensor, cls: str 
         with precise.max_pool.register_forward_hook(lambda _, inputs, output: pools.append((*inputs, output))):
             run = _forward(precise.double(), x.double())
         unpooled, pooled = (p.detach() for p in pools.pop())
-        norm = precise.group_norm
-        dy = incoming_gradient(unpooled, pooled, norm.num_groups, norm.weight.detach(), NEAR_TIE[cls], seed).float()
+        norm, kink = precise.group_norm, isinstance(precise.tanh, torch.nn.LeakyReLU)
+        weight = norm.weight.detach()
+        dy = incoming_gradient(unpooled, pooled, norm.num_groups, weight, NEAR_TIE[cls], seed, kink).float()
         truth = _backward(precise, *run, dy.double())
         del run
         theirs = _backward(theirs, *_forward(theirs, x), dy)
@@ -258,12 +260,14 @@ def _backward(model, x, y, dy) -> dict[str, torch.Tensor]:
     return results
 
 
-def incoming_gradient(unpooled, pooled, num_groups, weight, near_tie, seed) -> torch.Tensor:
+def incoming_gradient(unpooled, pooled, num_groups, weight, near_tie, seed, kink=False) -> torch.Tensor:
     """A gradient of the group norm's output that gives nothing to pooling windows (2x2, stride 2) with a near tie.
 
+    kink: also nothing to windows whose maximum is as near to 0, where LeakyReLU's derivative jumps.
+
     The gradient that flows back through a group norm is the part of dy * weight that is orthogonal, within each group,
-    to 1 and to the pooled values. So that part is drawn first, with zeros at near ties. Any multiples of those two are
-    then added.
+    to 1 and to the pooled values. So that part is drawn first, with zeros at these windows. Any multiples of those two
+    are then added.
     """
     windows = unpooled.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
     first, second = windows.topk(2).values.unbind(-1)
@@ -271,7 +275,10 @@ def incoming_gradient(unpooled, pooled, num_groups, weight, near_tie, seed) -> t
     def grouped(t):
         return t.reshape(t.shape[0], num_groups, -1)
 
-    keep = grouped((first - second > near_tie).to(pooled.dtype))
+    decided = first - second > near_tie
+    if kink:
+        decided &= first.abs() > near_tie
+    keep = grouped(decided.to(pooled.dtype))
     kept = keep.sum(2, keepdim=True)
     generator = torch.Generator().manual_seed(seed)
 

@@ -164,22 +164,37 @@ def test_rounding_to_tf32():
     assert torch.equal(parity.tf32_rounded(x).double(), expected)
 
 
-def test_nothing_flows_into_windows_with_a_near_tie():
+@pytest.mark.parametrize("kink", [False, True])
+def test_nothing_flows_into_windows_that_rounding_decides(kink):
     torch.manual_seed(1)
     model = Model(*SMALL, device="cpu").double()
     torch.nn.init.uniform_(model.group_norm.weight, 0.5, 2)
-    hidden = torch.rand(3, 8, 6, 7, dtype=torch.float64)
+    hidden = torch.rand(3, 8, 6, 7, dtype=torch.float64) - 0.7 * kink
     pooled = model.max_pool(hidden).requires_grad_()
     near_tie = 0.05
+    norm = model.group_norm
     dy = parity.incoming_gradient(
-        hidden, pooled.detach(), model.group_norm.num_groups, model.group_norm.weight.detach(), near_tie, seed=0
+        hidden, pooled.detach(), norm.num_groups, norm.weight.detach(), near_tie, seed=0, kink=kink
     )
-    (back,) = torch.autograd.grad(model.group_norm(pooled), pooled, dy)
+    (back,) = torch.autograd.grad(norm(pooled), pooled, dy)
     first, second = hidden.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).topk(2).values.unbind(-1)
     tied = first - second <= near_tie
+    if kink:
+        assert 0.02 < ((first.abs() <= near_tie) & ~tied).double().mean() < 0.2
+        tied |= first.abs() <= near_tie
     assert 0.1 < tied.double().mean() < 0.5
     # eps of the group norm keeps the orthogonality from being exact
     assert back[tied].abs().max() < 1e-3 * back[~tied].square().mean().sqrt()
+
+
+@pytest.mark.parametrize("activation", [torch.nn.Tanh(), torch.nn.LeakyReLU()])
+def test_models_with_a_kink_are_compared_away_from_it(activation, monkeypatch):
+    calls, real = [], parity.incoming_gradient
+    monkeypatch.setattr(parity, "incoming_gradient", lambda *arguments: calls.append(arguments) or real(*arguments))
+    model, same = (Model(*SMALL, device="cpu") for _ in range(2))
+    model.tanh = same.tanh = activation
+    assert all(row.ok for row in compare_models(model, same, torch.rand(3, 4, 6, 7)))
+    assert calls[0][-1] == isinstance(activation, torch.nn.LeakyReLU)
 
 
 def test_where_pytorch_itself_is_not_close():
