@@ -38,9 +38,11 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
             return as_written(*args, **options)
         try:
             key, found, tensors = find(*args, **options)
-        except (AttributeError, RuntimeError, TypeError, ValueError):  # as_written says what is wrong
-            return as_written(*args, **options)
-        return replays.repeated(key, found, tensors, as_written, args, options)
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            pass  # as_written, outside of this handler, says what is wrong
+        else:
+            return replays.repeated(key, found, tensors, as_written, args, options)
+        return as_written(*args, **options)
 
     def as_written(*args, **options):
         try:

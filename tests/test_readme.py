@@ -348,7 +348,7 @@ def test_with_records(repository):
     widths = [int(width) for width in re.findall('<rect.* width="([0-9]+)"', picture)]
     assert widths[2:] == [round(widths[3] * share) for share in (1 / 3, 1, 2 / 3)]
     assert "| Tanh |  |  | 0.50x to 2.00x | 1.50x |\n" in text
-    assert "- `step`, tf32, 1 image: 0.50 times as long with mode 'reduce-overhead'\n" in text
+    assert "| | class | 1 image, reduce-overhead |\n|---|---|--:|\n| `step` | tf32 | 0.50x |" in text
     assert "A training step of 512 images on each of 2 GPUs" in text
     assert "| ModelNew | DistributedDataParallel | 1 | 1.25 | +0.25 | 0.80 |\n" in text
     assert f"{where}, `{FUZZ['command']}`: 12 random calls, at least 5 of each of 2 functions" in text

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import traceback
 
 import pytest
 import torch
@@ -427,3 +428,11 @@ def test_without_torchs_guards(monkeypatch, written):
     for _ in range(3):
         assert tanh(x).equal(tanh(x))
     assert len(written) == 6
+
+
+def test_wrong_arguments_are_named_once():
+    """The search for a replay takes the same arguments, and says nothing."""
+    for call in (lambda: max_pool2d(torch.randn(1, 2, 4, 4)), lambda: max_pool2d(2), lambda: tanh(torch.arange(3))):
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert "find()" not in "".join(traceback.format_exception(caught.value))

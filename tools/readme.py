@@ -14,7 +14,7 @@ from cupy_kernels import source
 from modelnew import commands, layer_bench
 from modelnew.parity import RATIO
 from modelnew.records import GPU, GRAPH, HOST, bound, by_batch, comparisons, trials
-from modelnew.workloads import COMPILED, FEW_IMAGES, FLOAT16, MODELS, MODES, OF_COMPILED
+from modelnew.workloads import CHAINS, COMPILED, FEW_IMAGES, FLOAT16, MODELS, MODES, OF_COMPILED
 
 from . import headline
 from .generated import ROOT, check_option, settle
@@ -22,7 +22,7 @@ from .wording import CLASSES, is_eager, ms, ratio, where
 
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARKERS = "<!-- {}: written by `python3 -m tools.readme` -->", "<!-- end of {} -->"
-_SHOWN = MODELS | FLOAT16
+_SHOWN = MODELS | FLOAT16 | CHAINS
 _AMP = ": under autocast, with a GradScaler"
 _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on a GPU writes one."
 _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
@@ -221,20 +221,24 @@ def _startup(record) -> list[str]:
 
 
 def _compiled(record) -> list[str]:
-    """A sentence for each workload of ModelNew under torch.compile."""
+    """ModelNew under torch.compile: a row for each workload and class, a column for each number of images and mode."""
     found = {(row["what"], row["class"], row["n"], row["who"]): row["ms"] for row in record["rows"] if row["ms"]}
-    lines = []
-    for what, cls, n in dict.fromkeys(key[:3] for key in found if key[0] in COMPILED):
-        plain = found.get((what, cls, n, "modelnew"))
-        parts = [
-            f"{found[what, cls, n, who] / plain:.2f} times as long with mode {mode!r}"
-            for who, mode in MODES.items()
-            if plain and (what, cls, n, who) in found
-        ]
-        if parts:
-            images = f"{n} image{'s'[: n != 1]}"
-            lines.append(f"- `{what.removeprefix(OF_COMPILED)}`, {cls}, {images}: {', '.join(parts)}")
-    return ["", "Time of ModelNew under `torch.compile`, in terms of that without:", "", *lines] if lines else []
+    kinds = dict.fromkeys(key[:2] for key in found if key[0] in COMPILED)
+    sizes = dict.fromkeys(key[2] for key in found if key[0] in COMPILED)
+    columns = [
+        (n, who)
+        for n, who in itertools.product(sizes, MODES)
+        if any((*kind, n, who) in found and (*kind, n, "modelnew") in found for kind in kinds)
+    ]
+    if not columns:
+        return []
+    heads = [f"{n} image{'s'[: n != 1]}, {MODES[who]}" for n, who in columns]
+    lines = [f"| | class | {' | '.join(heads)} |", f"|---|---|{'--:|' * len(columns)}"]
+    for what, cls in kinds:
+        times = [(found.get((what, cls, n, who)), found.get((what, cls, n, "modelnew"))) for n, who in columns]
+        cells = [f"{compiled / eager:.2f}x" if compiled and eager else "" for compiled, eager in times]
+        lines.append(f"| `{what.removeprefix(OF_COMPILED)}` | {cls} | {' | '.join(cells)} |")
+    return ["", "ModelNew under `torch.compile`, by its modes: its time over the time without:", "", *lines]
 
 
 def _scaling(results, _) -> str:

@@ -58,6 +58,8 @@ CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the exten
 # Reads and writes of an array by a pointer that has left it. The package's own kernels do without: it takes time.
 CHECKS_OF_EDITS = ("-fsanitize=object-size", "-Wuninitialized")
 GCC_CHECKS_OF_EDITS = ("-Wmaybe-uninitialized",)  # clang has -Wconditional-uninitialized in its place
+GCC_CHECKS_OF_EDITS += ("--param=tsan-distinguish-volatile=1",)  # __tsan_volatile_read4() and the like
+CLANG_CHECKS_OF_EDITS = ("-mllvm", "-tsan-distinguish-volatile=1")
 # g++ checks no struct that is passed by value from memory to a function that it does not inline.
 GCC_CHECKS_OF_EDITS += tuple(f"--param=max-inline-insns-{kind}=1000" for kind in ("auto", "single", "small"))
 CODE = (".text", ".rodata")  # sections of a library
@@ -184,7 +186,8 @@ class Emulator(Backend):
         _runtime()  # whose functions the library calls
         edited, stem, text = not is_packaged(kernel), Path(kernel.file).stem, _translation_unit(kernel)
         checks = CHECKS + CHECKS_OF_EDITS * edited + (UNSET,) * _fills_locals()
-        checks += CLANG_CHECKS if _is_clang() else GCC_CHECKS + GCC_CHECKS_OF_EDITS * edited
+        own, of_edits = (CLANG_CHECKS, CLANG_CHECKS_OF_EDITS) if _is_clang() else (GCC_CHECKS, GCC_CHECKS_OF_EDITS)
+        checks += own + of_edits * edited
         locals_checks = LOCALS + (CLANG_LOCALS if _is_clang() else GCC_LOCALS)
         kinds = {"zeros": (*checks, *ZEROS)} if edited and _fills_locals() else {}
         kinds |= {"locals": locals_checks} if edited else {}

@@ -333,10 +333,38 @@ void writes(void* address, size_t bytes) {
     if (bytes) access<true>(address, bytes, CALLER);
 }
 
+// For __ldg: the cache that it reads through does not see what the launch writes.
+void unchanging(const void* pointer, size_t bytes, const char* place) {
+    const char* address = (const char*)pointer;
+    Array* array = find(address);
+    if (array ? array->shared : in_a_stack(address))
+        return FAIL(
+            "<%x>: thread %d reads %s by __ldg, which takes global memory", place_of(place), current,
+            place_in(address).text);
+    if (!array || array->constant || size_t(address - array->start) >= array->bytes) return;
+    for (const char* at = address; at < address + bytes && at < array->start + array->bytes; at++) {
+        const Word& word = array->word(at);
+        size_t byte = (at - array->start) % (size_t(1) << array->shift);
+        if (word.write >> EPOCH_SHIFT && word.write >> EVER_SHIFT >> byte & 1)
+            return FAIL(
+                "<%x>: thread %d reads %s by __ldg, which thread %d%s writes at <%x>: __ldg is for memory that the "
+                "launch does not write",
+                place_of(place), current, element(*array, at).text, thread_of(word.write),
+                block_of(word.write >> EPOCH_SHIFT).text, (unsigned)word.write_place);
+    }
+}
+
+// The current thread may wait until another one changes what it reads.
+static inline void may_wait_for(const void* address) {
+    if (size_t((const char*)address - stack_low) < STACK_BYTES || ++reads_in_a_row <= 1000) return;
+    reads_in_a_row = 0;
+    yield();
+}
+
 // A thread that calls __threadfence() and then an atomic function tells what its block did before to threads that call
 // one later, and a fence before it or behind it. Blocks run one after another, so what such blocks did came before.
 void atomic(void* address, size_t bytes, const char* place, const void* compared) {
-    if (++atomics_in_a_row > 1000) atomics_in_a_row = 0, yield();  // another thread may be what this one waits for
+    may_wait_for(address);
     if (wrong_index.place) name_wrong_index((const char*)address, bytes, "writes");
     if (size_t(address) % bytes)
         FAIL(

@@ -88,6 +88,7 @@ void set_rounding(int mode);  // 0 to nearest, 1 to zero, 2 up, 3 down
 void read_any(const void* address, size_t bytes);
 void reads(const void* address, size_t bytes);
 void writes(void* address, size_t bytes);
+void unchanging(const void* address, size_t bytes, const char* place);
 void atomic(void* address, size_t bytes, const char* place, const void* compared = nullptr);
 void fence();
 void copy_async(void* to, const void* from, int bytes, bool copied);

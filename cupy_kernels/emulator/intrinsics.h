@@ -2,8 +2,11 @@
 
 // --- Loads and stores with a hint for the caches
 
+UNCHECKED static inline void emulator_unchanging(const void* p, size_t bytes) {
+    emulator::unchanging(p, bytes, EMULATOR_CALLER);
+}
 #define EMULATOR_LOADS(T) \
-    static inline T __ldg(const T* p) { return *p; } \
+    static inline T __ldg(const T* p) { return emulator_unchanging(p, sizeof(T)), *p; } \
     static inline T __ldca(const T* p) { return *p; } \
     static inline T __ldcg(const T* p) { return *p; } \
     static inline T __ldcs(const T* p) { return *p; } \

@@ -11,6 +11,20 @@ ACCESSES(2)
 ACCESSES(4)
 ACCESSES(8)
 ACCESSES(16)
+#define VOLATILE(kind, WRITE, bytes) \
+    extern "C" EXPORTED void __tsan_##kind##bytes(void* address) { \
+        emulator::may_wait_for(address); \
+        emulator::access<WRITE>(address, bytes, CALLER); \
+    }
+#define VOLATILES(bytes) \
+    VOLATILE(volatile_read, false, bytes) \
+    VOLATILE(volatile_write, true, bytes) \
+    VOLATILE(unaligned_volatile_read, false, bytes) VOLATILE(unaligned_volatile_write, true, bytes)
+VOLATILES(1)
+VOLATILES(2)
+VOLATILES(4)
+VOLATILES(8)
+VOLATILES(16)
 extern "C" EXPORTED void __tsan_read_range(void* address, size_t bytes) {
     emulator::access<false>(address, bytes, CALLER);
 }

@@ -128,7 +128,7 @@ static unsigned block_epoch, first_epoch, grid_epoch, shared_since;
 static bool released, acquired;  // by this block, and by it what earlier ones have released: see atomic()
 static struct { unsigned first, last; } releases[4096];  // epochs of the blocks that have released, in their order
 static int release_count;
-static int atomics_in_a_row;  // of the current thread, since it has gone on
+static int reads_in_a_row;  // volatile or atomic ones of the current thread, since it has gone on
 static u64 argument_words[MAX_PARAMETERS];
 static void* argument_addresses[MAX_PARAMETERS];
 static int sums_count;  // of wgmma, in local memory

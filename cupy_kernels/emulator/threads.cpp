@@ -6,7 +6,7 @@ static void set_stamp() {
 }
 
 static void set_thread(int t) {
-    current = t, atomics_in_a_row = 0;
+    current = t, reads_in_a_row = 0;
     threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
     stack_low = end_of_stack(t) - STACK_BYTES;
     set_stamp();

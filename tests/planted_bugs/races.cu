@@ -672,3 +672,17 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     for (int k = 1; k < 4; k++) total = merged(total, all[k]);
     y[0] = total.squares;
 }
+
+//// a warp that waits for a flag of another one
+// error: race: thread \d+ (reads|writes) ready, which thread \d+ (reads|writes) at planted\.cu:\d+
+// x: 64, y: 64, grid: 1, block: 64
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ volatile int ready;
+    __shared__ float sum;
+    int t = threadIdx.x;
+    if (t == 0) ready = 0;
+    __syncthreads();
+    if (t == 32) { sum = x[0] + x[32]; ready = 1; }
+    @__syncthreads();@while (t < 32 && !ready) {}@
+    y[t] = t < 32 ? sum : 0;
+}

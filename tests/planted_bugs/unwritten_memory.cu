@@ -65,3 +65,25 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     __syncthreads();
     y[t] = s[t % 32 / 8][t % 8].b;
 }
+
+//// __ldg of what the launch has written
+// error: reads y\[\d+\] by __ldg, which thread \d+ writes at planted\.cu:\d+: __ldg is for memory that the launch does not
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    y[t] = __ldg(&x[t]);
+    __syncthreads();
+    float other = @y[255 - t]@__ldg(&y[255 - t])@;
+    __syncthreads();
+    y[t] += other;
+}
+
+//// __ldg of shared memory
+// error: reads s\[\d+\] by __ldg, which takes global memory
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s[256];
+    s[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    y[threadIdx.x] = @s[255 - threadIdx.x]@__ldg(s + 255 - threadIdx.x)@;
+}
