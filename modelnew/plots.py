@@ -138,21 +138,22 @@ def _times(figure, record):
 
 
 def _by_batch(panel, record):
-    """Images a second over N, of ModelNew and of its fastest peer."""
-    curves = {}
-    for (what, cls), pairs in by_batch(record).items():
-        for n, pair in pairs.items():
-            for row, who in zip(pair, ("modelnew", "eager")):
-                if row:
-                    curves.setdefault((what, cls, who), {})[n] = 1e3 * n / row["ms"]
-    for (what, cls, who), points in curves.items():
-        marker, colour = {"forward_train": "o", "step": "s"}[what], _COLOURS[who]
-        label = f"{'ModelNew' if who == 'modelnew' else 'fastest peer'}, {what} {cls}"
-        panel.plot(*zip(*sorted(points.items())), _DASHES.get(cls, ":"), marker=marker, color=colour, label=label)
-    panel.set_title(f"How speed depends on the batch (up to {FEW_IMAGES} images: host-bound)", loc="left")
+    """Images a second over N, of ModelNew and of its fastest peer, in the record's first class."""
+    found = by_batch(record)
+    first = next(cls for _, cls in found)
+    for (what, cls), pairs in found.items():
+        for who, index in (("modelnew", 0), ("eager", 1)):
+            points = sorted((n, 1e3 * n / pair[index]["ms"]) for n, pair in pairs.items() if pair[index])
+            if cls != first or not points:
+                continue
+            marker, dashes = {"forward_train": ("o", "-"), "step": ("s", "--")}[what]
+            label = f"{'ModelNew' if who == 'modelnew' else 'fastest peer'}, {what.replace('_', ' ')}"
+            panel.plot(*zip(*points), dashes, marker=marker, color=_COLOURS[who], label=label)
+    title = f"{_CLASSES[first]}: how speed depends on the batch (up to {FEW_IMAGES} images: host-bound)"
+    panel.set_title(title, loc="left")
     panel.set(xlabel="images in a batch", ylabel="images a second", xscale="log", yscale="log")
     panel.xaxis.set_major_formatter("{x:g}")
-    _legend_below(panel, -0.2)
+    _legend_below(panel, -0.2, columns=2)
 
 
 def _curves(figure, record):
