@@ -106,7 +106,8 @@ def _gains(results, _) -> str:
         small = (
             f"<sub>{where(record)}, `{record['command']}`. PyTorch: eager{compiled}, in the same memory format. "
             "Geometric means over shapes of well-known networks; a range is that of both memory formats. float32 "
-            f"convolutions may use TF32. Single shapes, in all dtypes: from {least:.2f}x."
+            f"convolutions may use TF32. Single shapes, in all dtypes: from {least:.2f}x; "
+            "[NOTES](benchmarks/NOTES.md#layers) names the slow ones."
         )
         if untimed := sorted({row["operator"] for row in record["rows"]} - {name.split(",")[0] for name in means}):
             small += f" Not timed: {', '.join(untimed)}."
@@ -148,8 +149,8 @@ def _times(results, folder) -> str:
         if len(set(batches)) > 2:
             lines += [
                 "",
-                "By images in a batch, and how many times as long the fastest peer of those timed there takes"
-                + (f" (up to {FEW_IMAGES} images, it is the host's time):" if min(batches) <= FEW_IMAGES else ":"),
+                "By images in a batch, and how many times as long the fastest peer of those timed there takes. Up to "
+                f"{FEW_IMAGES} images it is the host's time, of more it is the GPU's.",
                 "",
                 *_by_batch(record),
             ]
@@ -165,7 +166,8 @@ def _untimed(record) -> str:
     timed = list(dict.fromkeys(f"`{row['what']}` {row['class']}" for row in rows if row["ms"] is not None))
     if all(row["ms"] is not None for row in rows):
         return ""
-    return f" There torch.compile was timed {'only for ' + ', '.join(timed) if timed else 'for no row'}."
+    where_timed = f"only for {', '.join(timed)}" if timed else "for no row"
+    return f" Of up to {FEW_IMAGES} images, torch.compile was timed {where_timed}."
 
 
 def _table(record, n, limit) -> list[str]:
@@ -238,7 +240,11 @@ def _compiled(record) -> list[str]:
         times = [(found.get((what, cls, n, who)), found.get((what, cls, n, "modelnew"))) for n, who in columns]
         cells = [f"{compiled / eager:.2f}x" if compiled and eager else "" for compiled, eager in times]
         lines.append(f"| `{what.removeprefix(OF_COMPILED)}` | {cls} | {' | '.join(cells)} |")
-    return ["", "ModelNew under `torch.compile`, by its modes: its time over the time without:", "", *lines]
+    text = (
+        "ModelNew under `torch.compile`, by its modes: its time over the time without. Both were measured in turns, "
+        f"apart from the rows above: up to {FEW_IMAGES} images, the host's speed differs from one to the other."
+    )
+    return ["", text, "", *lines]
 
 
 def _scaling(results, _) -> str:
