@@ -203,8 +203,10 @@ def add(stem: str, text: str, workspaces: Iterable[str] = ()) -> str:
     """
     workspaces = frozenset(workspaces)
     digest = hashlib.sha256("\0".join([text, *sorted(workspaces)]).encode()).hexdigest()
-    file = f"{stem}_{digest[:8]}.cu"
-    _added[file], _workspaces[file] = text, workspaces
+    files = (f"{stem}_{digest[:digits]}.cu" for digits in range(8, len(digest) + 1, 8))
+    known = (text, workspaces)
+    file = next(f for f in files if (_added.get(f, text), _workspaces.get(f, workspaces)) == known)
+    _added[file], _workspaces[file] = known
     return file
 
 

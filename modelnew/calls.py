@@ -198,7 +198,7 @@ def show(plan, values, steps) -> bool:
     if plans is None:
         plan.notify(steps, lambda slot: _array(slot, values[slot.index]), values)
         return True
-    if plan not in plans[-1:]:
+    if steps.start == 0:  # a call may have several stages
         plans.append(plan)
     for index in {index for step in plan.steps[steps.start : steps.stop] for index in written(step)}:
         if index >= plan.given:

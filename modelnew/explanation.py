@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from cupy_kernels.conv_transpose import Geometry
 
-from . import fusions, layers
+from . import autocast, fusions, layers
 from .calls import planned
 from .formats import channels_last
 from .functional.conv_transpose_kernels import kernels_of
@@ -31,7 +31,8 @@ def explain(module: nn.Module, x: torch.Tensor) -> str:
     None of our kernels is launched; their results are zeros, on which the module's other operators run. Buffers, x and
     random states are not changed, nor are parameters, unless the module's forward changes them.
 
-    Raises TypeError for what is no module, and for an x that is no tensor, and what the module raises.
+    Hooks run, those of parameters too, with gradients of zeros. Raises TypeError for what is no module, and for an x
+    that is no tensor, what the module raises, and what torch.func.functional_call raises for it, as for DataParallel.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, received a {type(module).__name__}")
@@ -95,9 +96,10 @@ def planned_kernels(module: nn.Module, x: torch.Tensor) -> tuple[list, list]:
 
 def _convolution(conv, x) -> str:
     """Which kernels the convolution runs, and why."""
+    x, weight = autocast.lower(x if x.dim() == 4 else x.unsqueeze(0), conv.weight)
     geometry = Geometry(conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
-    choice, formats = choose(conv.numerics, x.device), (channels_last(x), channels_last(conv.weight))
-    kernels, detail = kernels_of(NUMPY[x.dtype], x.shape, conv.weight.shape, geometry, choice, formats)
+    choice, formats = choose(conv.numerics, x.device), (channels_last(x), channels_last(weight))
+    kernels, detail = kernels_of(NUMPY[x.dtype], x.shape, weight.shape, geometry, choice, formats)
     if kernels in ("depthwise", "thin"):
         return f"{kernels} kernels, in float32's precision"
     if kernels == "general":

@@ -69,7 +69,7 @@ def run_fused(children: list[nn.Module], x: torch.Tensor, parts: str = "apart") 
     chain = _OF_KINDS.get(tuple(map(type, children)))
     if chain is None:
         return None
-    if noted and threading.get_ident() in noted:
+    if noted and not is_dynamo_compiling() and threading.get_ident() in noted:
         noted[threading.get_ident()].append((children, x))
     if _unsupported_reason(chain, range(LENGTH), children, x):
         return None

@@ -35,12 +35,19 @@ class Replaced(NamedTuple):
         return "\n".join((*lines, *(f"kept {name or 'the module'}: {reason}" for name, reason in self.kept.items())))
 
     def undo(self) -> None:
-        """Makes the layers PyTorch's again, and empties `layers`. Parameters and buffers stay as they are now."""
-        for module in self.layers.values():
-            module.__class__ = _THEIRS.get(type(module), type(module))
-            for name in ("numerics", "peers"):
-                vars(module).pop(name, None)
-        self.layers.clear()
+        """Makes the layers PyTorch's again, and empties `layers`. Parameters and buffers stay as they are now.
+
+        A synchronised batch norm becomes a torch.nn.SyncBatchNorm. A layer whose class has changed since, as by a
+        parametrization, stays ours, and in `layers`.
+        """
+        for name, module in list(self.layers.items()):
+            if type(module) not in _THEIRS:
+                continue
+            module.__class__ = _THEIRS[type(module)]
+            vars(module).pop("numerics", None)
+            if peers := vars(module).pop("peers", None):
+                module.__class__, module.process_group = nn.SyncBatchNorm, peers.process_group
+            del self.layers[name]
 
 
 def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
@@ -49,7 +56,8 @@ def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
     module: any network, or a layer. Each replaced layer is the same object as before, with another class. So its
         parameters, buffers, hooks, name and mode stay, and so do optimizers and state dicts. A torch.nn.Sequential with
         a chain of layers that ours fuse becomes a `modelnew.Sequential`.
-    numerics: of the transposed convolutions, see `modelnew.numerics`.
+    numerics: of the transposed convolutions that become ours, see `modelnew.numerics`. Those that were ours before keep
+        theirs.
 
     Returns a `Replaced`: print it to see what was done; `undo()` takes it back.
 
@@ -63,7 +71,8 @@ def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, received a {type(module).__name__}")
     check_numerics(numerics)
-    replaced = Replaced({}, {}, sum(type(child) in _THEIRS for child in module.modules()))
+    before = sum(type(child) in _THEIRS and not isinstance(child, Sequential) for child in module.modules())
+    replaced = Replaced({}, {}, before)
     for name, child in module.named_modules():
         if can_be_replaced(child):
             _replace(replaced, name, child)

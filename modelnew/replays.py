@@ -119,7 +119,9 @@ def _recorded(key, replays, tensors, as_written):
         calls.remember(seen, key, None)
         return as_written()
     plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    backward = type(key) is not tuple
     known = plain and len(replays) < _MOST_REPLAYS and not calls.planning()
+    known = known and (backward or not _has_bytes(marshal.loads(key[1])))
     guard = guard_of(tensors) if known else None
     if guard is None:
         return as_written()
@@ -128,13 +130,18 @@ def _recorded(key, replays, tensors, as_written):
     try:
         result = as_written()
         with contextlib.suppress(_Unrepeatable):
-            run = _written(tensors, made, result, all_used=type(key) is tuple)
+            run = _written(tensors, made, result, all_used=not backward)
         return result
     finally:
         calls.recording.made = outer
         if outer is not None:
             outer.append(None)  # it did more than its own calls
         calls.remember(calls.caches().replays, key, (*replays, _Replay(guard, run)))
+
+
+def _has_bytes(values) -> bool:
+    """Whether there were NumPy's numbers, of which marshal writes the bytes and not the type: a key stands for many."""
+    return any(isinstance(v, bytes) or (isinstance(v, tuple | list) and _has_bytes(v)) for v in values)
 
 
 def noted(forward: Callable, function: type[torch.autograd.Function]) -> Callable:

@@ -169,6 +169,15 @@ def test_ctrl_c_between_the_runs_of_a_launch_leaves_nothing(x, y):
     assert (y == x + 1).all()
 
 
+def test_a_time_limit_ends_with_its_launch(monkeypatch, x, y):
+    """Also if something else ends that one, such as a signal handler that raises."""
+    monkeypatch.setenv("CUPY_KERNELS_TIMEOUT", "1")
+    with pytest.raises(ZeroDivisionError), emulator._time_limit(0.01):
+        raise ZeroDivisionError
+    assert not any(thread.name.endswith("(watch)") for thread in threading.enumerate())
+    run(COPY, x, y)
+
+
 def test_a_time_limit(monkeypatch, x, y):
     monkeypatch.setenv("CUPY_KERNELS_TIMEOUT", "1")
     in_the_runtime = "{ if (*(volatile const float*)x > 1e9f) break; }"  # most of the time

@@ -317,9 +317,13 @@ def test_explain_any_module(device, launched):
         layers.MaxPool2d(2),
         layers.ConvTranspose2d(4, 2, 3),
     ).to(device)
-    x = torch.randn(2, 3, 8, 8, device=device)
-    for module in (net, net.eval(), ModelNew(*FUSED, device=device)):
-        x = x if module is net else torch.randn(2, 16, 6, 6, device=device)
+    equal = torch.nn.Sequential(layers.Tanh(), layers.Tanh(), *(layers.BatchNorm2d(3) for _ in range(2))).to(device)
+    for module in (net, net.eval(), equal, ModelNew(*FUSED, device=device)):
+        x = (
+            torch.randn(2, 16, 6, 6, device=device)
+            if type(module) is ModelNew
+            else torch.randn(2, 3, 8, 8, device=device)
+        )
         before = {name: (t.clone(), t._version) for name, t in module.state_dict().items()}
         launched.clear()
         text = explain(module, x)
@@ -374,6 +378,19 @@ class _Several(torch.nn.Module):
             x.mul_(2)
         y = self.drop(self.norm(torch.nn.functional.relu_(x)))
         return {"y": (y, y.detach()), "found": self.table(y[0, 0].long())}
+
+
+def test_explain_a_convolution_as_it_is_called(device, launched):
+    """Without a batch dimension, and under autocast."""
+    conv = layers.ConvTranspose2d(16, 32, 5, device=device)
+    x = torch.randn(16, 8, 8, device=device)
+    assert explain(conv, x).splitlines()[0] == explain(conv, x[None]).splitlines()[0]
+    thin = layers.ConvTranspose2d(4, 4, 2, device=device)
+    x = torch.randn(64, 4, 128, 128, device=device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        text = explain(thin, x)
+    assert "gather_gemm" in text
+    assert "thin" not in text
 
 
 def test_explain_changes_nothing(device):

@@ -145,7 +145,6 @@ def test_undo(network, device, launched):
     own = nn.Sequential(network, layers.Tanh())
     original = copy.deepcopy(own)
     replaced = modelnew.replace_layers(own, numerics="fp32")
-    modelnew.convert_sync_batchnorm(network.vector)
     assert network.up.numerics == "fp32"
     replaced.undo()
     assert str(replaced).startswith("replaced: nothing\n")
@@ -154,6 +153,33 @@ def test_undo(network, device, launched):
     launched.clear()
     network(images(device))
     assert not launched
+
+
+def test_undo_what_has_changed_since(device):
+    """A synchronised layer stays synchronised; one with a parametrization stays ours, until that is removed."""
+    network = nn.Sequential(nn.ConvTranspose2d(2, 4, 3), nn.BatchNorm2d(4)).to(device)
+    replaced, x = modelnew.replace_layers(network), torch.randn(1, 2, 3, 3, device=device)
+    modelnew.convert_sync_batchnorm(network)
+    nn.utils.parametrizations.weight_norm(network[0])
+    expected = network[0](x)
+    replaced.undo()
+    assert type(network[1]) is nn.SyncBatchNorm
+    assert network[1].process_group is None
+    assert "peers" not in vars(network[1])
+    assert list(replaced.layers) == ["0"]
+    assert torch.equal(network[0](x), expected)
+    nn.utils.parametrize.remove_parametrizations(network[0], "weight")
+    replaced.undo()
+    assert type(network[0]) is nn.ConvTranspose2d
+    assert not replaced.layers
+
+
+def test_containers_are_no_layers(network):
+    modelnew.replace_layers(network)
+    count = sum(type(m).__module__.startswith("modelnew.functional") for m in network.modules())
+    again = modelnew.replace_layers(network, numerics="fp32")
+    assert again.before == count
+    assert network.up.numerics == "auto"
 
 
 def test_a_layer_alone(device):

@@ -4,6 +4,7 @@ import math
 import threading
 import traceback
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -428,6 +429,16 @@ def test_without_torchs_guards(monkeypatch, written):
     for _ in range(3):
         assert tanh(x).equal(tanh(x))
     assert len(written) == 6
+
+
+def test_numpys_numbers_of_equal_bytes_are_not_equal():
+    """marshal writes their bytes, and not their type."""
+    x = torch.randn(2, 2, 6, 6)
+    for small, large in ((np.int8(-1), np.uint8(255)), (np.float32(1), np.int32(0x3F800000))):
+        for slope in (small, small, small, large, large, large):
+            assert torch.equal(leaky_relu(x, slope), F.leaky_relu(x, float(slope)))
+    for padding in (*[np.array([1, 0], np.int32)] * 3, *[np.int64(1)] * 3):
+        assert torch.equal(max_pool2d(x, 3, 1, padding), F.max_pool2d(x, 3, 1, padding.tolist()))
 
 
 def test_wrong_arguments_are_named_once():

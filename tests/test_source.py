@@ -1,4 +1,5 @@
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -250,3 +251,12 @@ def test_digest_is_of_the_packaged_files(monkeypatch, tmp_path):
         assert digest_of_copy() != digest
     finally:
         source.digest.cache_clear()
+
+
+def test_texts_whose_digests_begin_alike(monkeypatch):
+    monkeypatch.setattr(
+        source.hashlib, "sha256", lambda text: types.SimpleNamespace(hexdigest=lambda: "0" * 8 + text.hex())
+    )
+    files = [source.add("alike", text) for text in ("int one;", "int two;", "int one;")]
+    assert files[0] == files[2] != files[1]
+    assert [source.text(file) for file in files] == ["int one;", "int two;", "int one;"]

@@ -322,10 +322,12 @@ def _time_limit(seconds):
     watcher = threading.Thread(target=watch, daemon=True)
     if seconds:
         watcher.start()
-    yield
-    over.set()
-    if seconds:
-        watcher.join()
+    try:
+        yield
+    finally:
+        over.set()
+        if seconds:
+            watcher.join()
 
 
 def _readable(message, library, kernel):
