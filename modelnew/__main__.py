@@ -12,7 +12,6 @@ from rich.console import Console
 
 from cupy_kernels import emulator
 from cupy_kernels.backend import on_compile
-from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 
 from . import Model, ModelNew, __version__, commands, environment, get_init_inputs, get_inputs
 from . import __all__ as in_python
@@ -46,18 +45,18 @@ out = commands.console()
 progress = Console(stderr=True)
 
 
-@click.command("parity", short_help="The default: compare ModelNew with Model.", context_settings=commands.SETTINGS)
+@commands.command("parity", short_help="The default: compare ModelNew with Model.")
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
     help=f"Images in the batch, 64x32x32 each.  [default: {BATCH}; {EMULATED_BATCH} on the CPU]",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of parameters, batch and incoming gradient.")
+@commands.seed_option("parameters, batch and incoming gradient")
 @click.option(
     "--replace",
     default="all",
     show_default=True,
-    callback=lambda _, __, value: _parse_replace(value),
+    callback=lambda *given: given[-1] if given[-1] == "all" else commands.listed(OPERATORS)(*given),
     help=f"What ModelNew replaces in the comparison: all, or names separated by commas, of {', '.join(OPERATORS)}.",
 )
 @click.option(
@@ -80,25 +79,22 @@ def parity_command(context, batch, seed, replace, numerics, device, times, trial
     output and of every gradient against a float64 run, beside PyTorch's own errors. On a GPU, also times. The exit code
     is 0 only if parity holds.
     """
-    try:
-        device = _device(device)
-        batch = batch or (BATCH if device.type == "cuda" else EMULATED_BATCH)
-        with _progress() as what:
-            what("running both models")
-            holds = _literal(batch, seed, device)
-            torch.manual_seed(seed)
-            model = Model(*get_init_inputs(), device=device)
-            model_new = ModelNew(*get_init_inputs(), replace=replace, numerics=numerics, device=device)
-            inputs = get_inputs(batch, seed=seed, device=device)
-            both = ("fp32",) if device.type == "cpu" else ("tf32", "fp32")
-            for cls in both if numerics == "auto" else (numerics,):
-                what(f"running both models and a float64 run, class {cls}")
-                holds = _errors(model, model_new, *inputs, cls, seed) and holds
-                if times and device.type == "cuda":
-                    what(f"timing both models, class {cls}")
-                    _times(model, model_new, *inputs, cls, trials)
-    except (BackendError, EmulatorError, KernelCompileError, torch.OutOfMemoryError) as error:
-        raise click.ClickException(str(error)) from error
+    device = _device(device)
+    batch = batch or (BATCH if device.type == "cuda" else EMULATED_BATCH)
+    with _progress() as what:
+        what("running both models")
+        holds = _literal(batch, seed, device)
+        torch.manual_seed(seed)
+        model = Model(*get_init_inputs(), device=device)
+        model_new = ModelNew(*get_init_inputs(), replace=replace, numerics=numerics, device=device)
+        inputs = get_inputs(batch, seed=seed, device=device)
+        both = ("fp32",) if device.type == "cpu" else ("tf32", "fp32")
+        for cls in both if numerics == "auto" else (numerics,):
+            what(f"running both models and a float64 run, class {cls}")
+            holds = _errors(model, model_new, *inputs, cls, seed) and holds
+            if times and device.type == "cuda":
+                what(f"timing both models, class {cls}")
+                _times(model, model_new, *inputs, cls, trials)
     out.print("\n[bold green]Parity holds." if holds else "\n[bold red]Parity does not hold: see the rows marked FAIL.")
     context.exit(0 if holds else 1)
 
@@ -262,16 +258,6 @@ def _device(name) -> torch.device:
     if why := environment.why_no_gpu():
         out.print(f"Why not on a GPU: {why}.", highlight=False)
     return device
-
-
-def _parse_replace(value):
-    if value == "all":
-        return value
-    names = [name.strip() for name in value.split(",")]
-    unknown = [name for name in names if name not in OPERATORS]
-    if unknown:
-        raise click.BadParameter(f"{', '.join(unknown)}: not among {', '.join(OPERATORS)}")
-    return names
 
 
 @contextlib.contextmanager

@@ -57,6 +57,11 @@ _QUICK = (
     *KERNELS,
 )
 
+_NEEDS = (
+    f"latency_... needs at most {FEW_IMAGES} images, float16_... the class fp16, ..._kernel the class tf32 or fp32, "
+    "compiled_... the peers compile or all"
+)
+
 # argv: class, init arguments, shape of x, device. Prints seconds: of making the CUDA context, and of the rest.
 _FIRST_CALL = """
 import json, sys, time
@@ -192,26 +197,7 @@ def _first_call(who, plan, device, folder):
     return tuple(map(float, done.stdout.split()))
 
 
-def _listed(choices=None):
-    """The callback of an option that takes names, or whole numbers, separated by commas."""
-
-    def parse(_, parameter, value):
-        if value is None:
-            return None
-        names = [name.strip() for name in value.split(",")]
-        if choices is None:
-            if not all(name.isdecimal() and int(name) for name in names):
-                raise click.BadParameter(f"whole numbers from 1 on, with commas between; received {value!r}")
-            return tuple(map(int, names))
-        unknown = [name for name in names if name not in choices]
-        if unknown:
-            raise click.BadParameter(f"{', '.join(unknown)}: not among {', '.join(choices)}")
-        return tuple(names)
-
-    return parse
-
-
-@click.command("bench", short_help="Measure times and memory beside PyTorch's.", context_settings=commands.SETTINGS)
+@commands.command("bench", short_help="Measure times and memory beside PyTorch's.")
 @click.option(
     "--quick",
     is_flag=True,
@@ -225,20 +211,20 @@ def _listed(choices=None):
 )
 @click.option(
     "--batches",
-    callback=_listed(),
+    callback=commands.listed(),
     help="Images in a batch: numbers separated by commas, measured in this order. Parts of the model are measured "
     "with the first number only.  [default: 512,1,4096,64,8; 1 on the CPU]",
 )
 @click.option(
     "--what",
-    callback=_listed(WORKLOADS),
+    callback=commands.listed(WORKLOADS),
     help="What to measure: names separated by commas. "
     + " ".join(f"{name}: {text}." for name, text in WORKLOADS.items())
     + "  [default: all]",
 )
 @click.option(
     "--classes",
-    callback=_listed(DTYPES),
+    callback=commands.listed(DTYPES),
     help="Numeric classes: tf32 (PyTorch's default on a GPU), fp32 (TF32 off), fp16, bf16 (autocast; for "
     "convolutions alone, tensors of that type).  [default: tf32,fp32; fp32 on the CPU]",
 )
@@ -258,7 +244,7 @@ def _listed(choices=None):
 @click.option(
     "--size", type=click.IntRange(min=1), help=f"Height and width of an image.  [default: {HEIGHT}; 4 on the CPU]"
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of parameters, batch and incoming gradient.")
+@commands.seed_option("parameters, batch and incoming gradient")
 @click.option(
     "--budget",
     type=click.FloatRange(min=0),
@@ -296,7 +282,7 @@ def bench_command(device, output, plot_only, layers, no_wgmma, **options):
     if plot_only:
         try:
             picture = commands.draw(json.loads(plot_only.read_text(encoding="utf-8")), plot_only)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise click.BadParameter(f"{plot_only} is no record of this command", param_hint="--plot-only") from error
         out.print(f"drawn: {picture}", highlight=False)
         return
@@ -305,6 +291,11 @@ def bench_command(device, output, plot_only, layers, no_wgmma, **options):
         _bench_layers(device, output, **options)
         return
     plan = _plan(device, **options)
+    if unmeasured := set(options["what"] or ()) - {what for _, what, _ in plan.cells(device)}:
+        raise click.BadParameter(
+            f"{', '.join(sorted(unmeasured))}: not measured with these --batches, --classes and --peers. {_NEEDS}",
+            param_hint="--what",
+        )
     if no_wgmma:
         plan = plan._replace(startup=False)
     with current(device):

@@ -1,9 +1,10 @@
-"""Shared code of the commands that measure: the device, and the records that they write."""
+"""Shared code of the commands: options, the device, and the records that they write."""
 
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -15,11 +16,27 @@ from rich.table import Table
 
 from cupy_kernels import source
 from cupy_kernels.backend import on_compile
-from cupy_kernels.errors import BackendError
+from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 
 from . import environment, plots, records
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}  # context_settings of all commands
+_MOST_OF_SEEDS = 2**63 - 1
+
+
+class Command(click.Command):
+    """A command that ends with a message, and exit code 1, where kernels cannot run."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except (BackendError, EmulatorError, KernelCompileError, torch.OutOfMemoryError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+def command(name: str | None = None, **options):
+    """click.command, of this kind."""
+    return click.command(name, cls=Command, context_settings=SETTINGS, **options)
 
 
 def device_option(cpu: str = "or cpu, which means the emulator"):
@@ -33,9 +50,44 @@ def output_option(*kinds: str, drawn: bool = False):
     return click.option(
         "--output",
         type=click.Path(file_okay=False, path_type=Path),
+        callback=lambda _, __, folder: folder and _writable(folder),
         help=f"Folder for {names}{' and the .png' if drawn else ''}.  [default: benchmarks/results in the "
         "repository's root, the current directory elsewhere; on the CPU nothing is written]",
     )
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made if it is missing. A record that cannot be written is to be known before it is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise click.BadParameter(f"no file can be written there: {error}") from error
+    return folder
+
+
+def seed_option(of: str):
+    """The option --seed. of: what it is the seed of."""
+    limits = click.IntRange(0, _MOST_OF_SEEDS)
+    return click.option("--seed", type=limits, default=0, show_default=True, help=f"Seed of {of}.")
+
+
+def listed(choices: Iterable[str] | None = None):
+    """The callback of an option that takes names of choices, or whole numbers, separated by commas."""
+
+    def parse(_, parameter, value):
+        if value is None:
+            return None
+        names = [name.strip() for name in value.split(",")]
+        if choices is None:
+            if not all(name.isdecimal() and int(name) for name in names):
+                raise click.BadParameter(f"whole numbers from 1 on, with commas between; received {value!r}")
+            return tuple(map(int, names))
+        if unknown := [name for name in names if name not in choices]:
+            raise click.BadParameter(f"{', '.join(map(repr, unknown))}: not among {', '.join(choices)}")
+        return tuple(names)
+
+    return parse
 
 
 def trials_option(default: int):
@@ -127,13 +179,11 @@ def doing(show: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
 
 
 def usable_device(name: str | None) -> torch.device:
-    """`environment.device`, with its errors as click's."""
+    """`environment.device`, with its ValueError as click's."""
     try:
         return environment.device(name)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--device") from error
-    except BackendError as error:
-        raise click.ClickException(str(error)) from error
 
 
 def gpu(name: str | None, measured: str) -> torch.device:
@@ -158,7 +208,10 @@ def head(device: torch.device) -> dict:
 def save(record: dict, kind: str, device: torch.device, output: Path | None, out: Console, more: str = "") -> Path:
     """Writes <kind>_<gpu><more>.json to the folder of `output_option`. `device` is the current one."""
     path = record_path(kind, device, output, more)
-    records.write(record, path)
+    try:
+        records.write(record, path)
+    except OSError as error:
+        raise click.ClickException(f"the record cannot be written: {error}") from error
     out.print(f"recorded: {path}", highlight=False)
     return path
 
@@ -187,6 +240,6 @@ def draw(record: dict, path: Path) -> Path:
         plots.draw(record, picture)
     except ImportError as error:
         raise click.ClickException("plots need matplotlib: python3 -m pip install matplotlib") from error
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     return picture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from cupy_kernels import compiler, emulator, nvrtc, source
+from cupy_kernels import cache, compiler, emulator, nvrtc, source
 from cupy_kernels.errors import BackendError
 
 from . import __version__, installation
@@ -120,6 +120,7 @@ def device(name: str | None = None) -> torch.device:
         raise ValueError(f"torch counts its {torch.cuda.device_count()} GPUs from cuda:0; received {wanted}")
     if wanted.type == "cpu":
         emulator.compiler()
+    cache.folder()
     return wanted
 
 
@@ -141,7 +142,10 @@ def records() -> list[dict]:
     """
     found, folder = [], results()
     for path in sorted(folder.glob("*.json")) if folder else ():
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            content = None
         digest = content.get("digest") if isinstance(content, dict) else None
         found.append({"file": path.name, "digest": digest, "matches": digest == source.digest()})
     return found

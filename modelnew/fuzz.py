@@ -5,7 +5,6 @@ of one operator at a time.
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
 import time
@@ -121,13 +120,11 @@ def _settings(device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-@click.command(
-    "fuzz", short_help="Compare random calls of every function with PyTorch's.", context_settings=commands.SETTINGS
-)
+@commands.command("fuzz", short_help="Compare random calls of every function with PyTorch's.")
 @click.option(
     "--cases", type=click.IntRange(min=1), help=f"Cases of each operator.  [default: {CASES}; {FEW} on the CPU]"
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the cases.")
+@commands.seed_option("the cases")
 @click.option(
     "--operator",
     "operators",
@@ -172,13 +169,11 @@ def fuzz_command(device, output, cases, seed, operators, number, budget, process
                 out.print(line, markup=False, highlight=False, soft_wrap=True)
 
         counts, failed = fuzz(operators, cases, seed, device, budget, report, processes)
-    with current(device):
-        record = {**commands.head(device), "cases": counts, "failed": failed}
-        if output or device.type == "cuda":
-            path = commands.record_path("fuzz", device, output)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            out.print(f"recorded: {path}", highlight=False)
+    if not any(counts.values()):
+        raise click.ClickException(f"no case was judged in {budget:g} s: --budget allows more")
+    if output or device.type == "cuda":
+        with current(device):
+            commands.save({**commands.head(device), "cases": counts, "failed": failed}, "fuzz", device, output, out)
     out.print(", ".join(f"{operator}: {count}" for operator, count in counts.items()), highlight=False)
     out.print(f"{sum(counts.values())} cases, {failed} wrong", highlight=False)
     if failed:

@@ -10,7 +10,7 @@ import random
 
 import torch
 
-from cupy_kernels.errors import EmulatorError, KernelCompileError
+from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 from cupy_kernels.source import Kernel, Variant
 
 from . import calls, parity
@@ -37,6 +37,8 @@ def run(operator: str, seed: int, number: int, device: torch.device) -> str | No
     case, values = draw(operator, seed, number)
     try:
         found = faults(case, values, device)
+    except BackendError:
+        raise
     except Exception as error:  # whatever a call raises besides refusals is a fault of its, too
         found = [f"{type(error).__name__}: {error}"]
     if not found:

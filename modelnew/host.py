@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-import click
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -172,9 +171,7 @@ def show(record: dict) -> None:
     out.print(table)
 
 
-@click.command(
-    "host", short_help="Time the host's part of a call beside PyTorch's.", context_settings=commands.SETTINGS
-)
+@commands.command("host", short_help="Time the host's part of a call beside PyTorch's.")
 @commands.trials_option(TRIALS)
 @commands.device_option("(a GPU is needed)")
 @commands.output_option("host")

@@ -70,7 +70,8 @@ def _with_gpu(machine, driver):
     if machine.capability < _OLDEST_OF_CUDA_13 and driver and driver >= _LEAST_DRIVER[13]:
         who = "the GPU"
     parts.append(f"{who} allows up to CUDA {allowed[-1]}" if driver else "the driver is unknown")
-    parts.append(f"torch is built for CUDA {machine.torch_cuda}" + (", so both use the same NVRTC" if same else ""))
+    built = f"for CUDA {machine.torch_cuda}" if of_torch else "without CUDA"
+    parts.append(f"torch is built {built}" + (", so both use the same NVRTC" if same else ""))
     if len(machine.cupy) == 1:
         nvrtc = _numbers(machine.nvrtc)
         cuda = next((n for n in _LEAST_DRIVER if machine.cupy[0] == f"cupy-cuda{n}x"), (*nvrtc, 0)[0])
@@ -97,8 +98,8 @@ def _unseen_gpu(machine, driver):
         why = f"driver {machine.driver} and torch for CUDA {machine.torch_cuda} fit, but torch finds no GPU."
         return _found(None, None, f"{why} See what nvidia-smi lists, and what CUDA_VISIBLE_DEVICES is.")
     why = f"driver {machine.driver} allows up to CUDA {allowed[-1]}, but torch is built " + (
-        f"for CUDA {machine.torch_cuda}, which needs driver {_LEAST_DRIVER.get(of_torch[0], 'of a newer version')} or "
-        "newer. Update the driver, or install an older build of torch."
+        f"for CUDA {machine.torch_cuda}, which needs {_driver_of(of_torch[0])}. "
+        "Update the driver, or install an older build of torch."
         if of_torch
         else "without CUDA."
     )
@@ -122,6 +123,10 @@ def _install(extra, installed=()):
     first = f"{_PIP} uninstall -y {shlex.join(installed)} && " if installed and not right else ""
     # Beside the right CuPy, NVRTC is too old; else what torch brings stays, because torch wants that version.
     return f"{first}{_PIP} install {'--upgrade ' * right}{shlex.join(WHEELS[extra])}"
+
+
+def _driver_of(cuda):
+    return f"driver {_LEAST_DRIVER[cuda]} or newer" if cuda in _LEAST_DRIVER else "a newer driver"
 
 
 def _numbers(version):

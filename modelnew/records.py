@@ -23,12 +23,14 @@ _TIMED = {
 
 
 def write(record: dict, path: Path) -> None:
-    """Writes the record, one line for each row. If that fails, the old file stays."""
-    rows = ",\n  ".join(json.dumps(row) for row in record["rows"])
-    head = json.dumps({**record, "rows": []}, indent=1).removesuffix("[]\n}")
+    """Writes the record, one line for each row, if it has "rows". If that fails, the old file stays."""
+    text = json.dumps({key: value for key, value in record.items() if key != "rows"}, indent=1)
+    if "rows" in record:
+        rows = ",\n  ".join(map(json.dumps, record["rows"]))
+        text = text.removesuffix("\n}") + f',\n "rows": [\n  {rows}\n ]\n}}'
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(f"{head}[\n  {rows}\n ]\n}}\n")
+    unfinished.write_text(text + "\n", encoding="utf-8")
     os.replace(unfinished, path)
 
 
@@ -113,9 +115,9 @@ def _table(record, pairs, wide) -> Table:
         if ms is None:
             cells += ["[red]FAIL[/]" if row["failed"] else "-", "", ""]
         else:
-            cells += [_short(ms), f"{_short(row['ms_min'])}-{_short(row['ms_max'])}", _megabytes(row)]
+            cells += [_short(ms), f"{_short(row['ms_min'])}-{_short(row['ms_max'])}", megabytes(row)]
         name = f"{peer['who'].removeprefix('compile-')} {peer['layout']}" if peer else ""
-        cells += [name, _short(peer["ms"]), _megabytes(peer)] if peer else [name, "", ""]
+        cells += [name, _short(peer["ms"]), megabytes(peer)] if peer else [name, "", ""]
         cells.append(f"{peer['ms'] / ms:.2f}x" if peer and ms else "")
         timed = ms and what in WORKLOADS
         cells.append(f"{floor_ms(what, cls, n, shape, limits) / ms:.0%}" if timed and limits else "")
@@ -137,5 +139,6 @@ def _short(ms):
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
-def _megabytes(row):
+def megabytes(row: dict) -> str:
+    """Its peak memory; empty if that is unknown."""
     return "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"

@@ -172,7 +172,7 @@ def show(record: dict) -> None:
     out.print(table)
 
 
-@click.command("scaling", short_help="Time a training step on all GPUs beside one.", context_settings=commands.SETTINGS)
+@commands.command("scaling", short_help="Time a training step on all GPUs beside one.")
 @click.option("--gpus", type=click.IntRange(min=2), help="How many.  [default: all; 2 processes on the CPU]")
 @click.option(
     "--images", type=click.IntRange(min=1), help=f"Images of each GPU.  [default: {BATCH}; {TINY_BATCH} with --tiny]"

@@ -49,7 +49,7 @@ def _show(settings, seeds, curves, judgements):
         out.print(f"[red]FAIL[/]: Model's loss falls in class {cls}, ModelNew's does not.", highlight=False)
 
 
-@click.command("training", short_help="Train beside PyTorch's Model, and compare.", context_settings=commands.SETTINGS)
+@commands.command("training", short_help="Train beside PyTorch's Model, and compare.")
 @click.option("--steps", type=click.IntRange(min=1), help="Steps of each loss curve.  [default: 300; 10 on the CPU]")
 @click.option(
     "--batch",
@@ -77,7 +77,7 @@ def _show(settings, seeds, curves, judgements):
 @click.option(
     "--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.9, show_default=True, help="Momentum of SGD."
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of batches and parameters; plus 1, of the teacher.")
+@commands.seed_option("batches and parameters; plus 1, of the teacher")
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),

@@ -189,7 +189,10 @@ def test_broken_output_fails_the_literal_assertion(small, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--replace", "tanh,foo"], "foo: not among conv_transpose"),
+        (["--replace", "tanh,foo"], "'foo': not among conv_transpose"),
+        (["--replace", ""], "'': not among conv_transpose"),
+        (["--seed", "-1"], "-1 is not in the range"),
+        (["--seed", str(2**64)], "is not in the range"),
         (["--device", "xpu"], "received xpu"),
         (["--device", "nowhere"], "nowhere"),
         (["--numerics", "fp8"], "fp8"),
@@ -218,6 +221,23 @@ def test_nothing_to_run_on(monkeypatch):
     code, text = invoke("--device", "cuda")
     assert code == 1
     assert "no kernel can run on cuda" in text
+
+
+@pytest.mark.parametrize("command", ["bench", "fuzz", "host", "scaling", "training"])
+def test_a_folder_that_cannot_be_written_is_refused_first(command, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    code, text = invoke(command, "--output", file / "deep")
+    assert code == 2
+    assert "no file can be written there: [Errno" in text
+
+
+@pytest.mark.parametrize("command", [["parity"], ["bench"], ["fuzz"], ["scaling", "--tiny"], ["training"]])
+def test_a_cache_that_cannot_be_used_is_refused_first(command, monkeypatch):
+    monkeypatch.setenv("CUPY_KERNELS_CACHE_DIR", "relative")
+    code, text = invoke(*command, "--device", "cpu")
+    assert code == 1
+    assert text.startswith("Error: cannot keep compiled kernels in 'relative', set by CUPY_KERNELS_CACHE_DIR")
 
 
 def test_kernel_that_does_not_compile(small):

@@ -44,14 +44,15 @@ def test_a_gpu_that_cupy_cannot_use(monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "matches"),
-    [({"digest": source.digest()}, True), ({"digest": "0" * 64}, False), ({}, False), ([], False)],
-    ids=["this code", "other code", "no digest", "no record"],
+    [(json.dumps({"digest": digest}), digest == source.digest()) for digest in (source.digest(), "0" * 64)]
+    + [(text, False) for text in ("{}", "[]", "{")],
+    ids=["this code", "other code", "no digest", "no record", "no JSON"],
 )
 def test_records(monkeypatch, tmp_path, content, matches):
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
-    (results / "parity_gpu.json").write_text(json.dumps(content))
+    (results / "parity_gpu.json").write_text(content)
     assert environment.records() == []  # another project's
     (tmp_path / "cupy_kernels" / "cu").mkdir(parents=True)
     (record,) = environment.records()

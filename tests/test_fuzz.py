@@ -104,8 +104,10 @@ def test_command(tmp_path):
     assert record["cases"] == {"tanh": 3, "max_pool2d": 3}
     assert record["failed"] == 0
     assert {"command", "versions", "digest"} < set(record)
-    code, text = invoke("--cases", 3, "--operator", "tanh", "--budget", 0)
-    assert "0 cases, 0 wrong" in text
+    code, text = invoke("--operator", "tanh", "--budget", 0, "--output", tmp_path)
+    assert code == 1
+    assert "no case was judged in 0 s" in text
+    assert json.loads((tmp_path / "fuzz_cpu.json").read_text()) == record
 
 
 def test_several_processes_share_the_cases():

@@ -42,6 +42,7 @@ def test_wheels_are_those_of_the_extras():
         (H100._replace(torch_cuda="11.8"), "cuda13", "wgmma"),
         (H100._replace(driver="535.10.01", torch_cuda="11.8"), "cuda12", "allows up to CUDA 12"),
         (B200, "cuda12", "NVRTC 12.8 and newer"),
+        (A100._replace(torch_cuda=None), "cuda13", "torch is built without CUDA."),
         (B200._replace(torch_cuda="12.6", driver="580.65.06"), "cuda13", "NVRTC 12.8 and newer"),
         (B200._replace(**OF_12), "cuda12", "cupy-cuda12x is installed with NVRTC 12.6"),
         (A100._replace(cupy=("cupy-cuda11x", "cupy-cuda12x"), nvrtc="12.6"), "cuda12", "break each other"),
@@ -87,6 +88,7 @@ def test_nothing_to_install(machine, extra, reason):
     ("machine", "extra", "build", "reason"),
     [
         (Machine(driver="470.57.02", torch_cuda="13.0"), "cuda11", "cu118", "CUDA 13.0, which needs driver 580"),
+        (Machine(driver="580.65.06", torch_cuda="14.0"), "cuda13", "cu130", "CUDA 14.0, which needs a newer driver."),
         (Machine(driver="580.65.06"), "cuda13", "cu130", "torch is built without CUDA"),
         (Machine(driver="550.54.14", **OF_11), "cuda12", "cu128", "torch is built without CUDA"),
     ],

@@ -98,6 +98,8 @@ def test_writing_leaves_the_old_record_if_it_fails(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     records.write(record(), path)
     assert json.loads(path.read_text())["rows"] == []
+    records.write({"cases": {"tanh": 1}}, path)
+    assert json.loads(path.read_text()) == {"cases": {"tanh": 1}}
 
 
 def test_plot_only(tmp_path, monkeypatch):
@@ -109,11 +111,17 @@ def test_plot_only(tmp_path, monkeypatch):
         assert code == 0
         assert "drawn" in text
         assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    for content, message in (("{}", "no record"), ("[]", "no record"), ("?", "no record")):
-        path.write_text(content)
+    for content in (b"{}", b"[]", b"?", b"\xff"):
+        path.write_bytes(content)
         code, text = invoke("--plot-only", str(path))
         assert code == 2
-        assert message in text
+        assert "no record" in text
+    path.write_text(json.dumps(record(row())))
+    path.with_suffix(".png").unlink()
+    path.with_suffix(".png").mkdir()
+    code, text = invoke("--plot-only", str(path))
+    assert code == 1
+    assert "Is a directory" in text
     path.write_text(json.dumps(record()))
     assert "nothing to draw" in invoke("--plot-only", str(path))[1]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

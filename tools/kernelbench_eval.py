@@ -101,7 +101,7 @@ def gradient_errors(clone: Path) -> dict[str, list[float]]:
     }
 
 
-@click.command(context_settings=commands.SETTINGS)
+@commands.command()
 @click.argument("clone", type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path))
 @click.option("--processes", type=click.IntRange(min=1), default=3, show_default=True, help="Evaluations, one in each.")
 @commands.output_option("kernelbench")

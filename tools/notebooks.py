@@ -37,7 +37,7 @@ def execute(script: Path, timeout: int = 300):
     return client.execute()
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@commands.command()
 @click.argument("scripts", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--emulator", is_flag=True, help="Store what the emulator puts out where there is no GPU.")
 def command(scripts, emulator):

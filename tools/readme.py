@@ -13,7 +13,7 @@ import click
 from cupy_kernels import source
 from modelnew import commands, layer_bench
 from modelnew.parity import RATIO
-from modelnew.records import GPU, GRAPH, HOST, bound, by_batch, comparisons, trials
+from modelnew.records import GPU, GRAPH, HOST, bound, by_batch, comparisons, megabytes, trials
 from modelnew.workloads import CHAINS, COMPILED, FEW_IMAGES, FLOAT16, MODELS, MODES, OF_COMPILED
 
 from . import headline
@@ -182,10 +182,10 @@ def _table(record, n, limit) -> list[str]:
         if limit == GRAPH and not eager:
             peer = None  # others take the host's time, which is another matter
         extent = _extent if limit == HOST else lambda _: ""
-        cells = [f"`{what}`", cls, f"**{ms(row)}**{extent(row)}", _megabytes(row)]
+        cells = [f"`{what}`", cls, f"**{ms(row)}**{extent(row)}", megabytes(row)]
         cells += [f"{ms(eager)}{extent(eager)}", ratio(eager, row)] if eager else [""] * 2
         cells += (
-            [f"{ms(peer)}{extent(peer)}", f"{peer['who']}, {peer['layout']}", _megabytes(peer), ratio(peer, row)]
+            [f"{ms(peer)}{extent(peer)}", f"{peer['who']}, {peer['layout']}", megabytes(peer), ratio(peer, row)]
             if peer
             else [""] * 4
         )
@@ -402,10 +402,6 @@ PARTS = {
 }
 
 
-def _megabytes(row) -> str:
-    return "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
-
-
 def _records(results, kind) -> Iterator[tuple[Path, dict]]:
     for path in sorted(results.glob(f"{kind}_*.json")):
         try:
@@ -417,7 +413,7 @@ def _records(results, kind) -> Iterator[tuple[Path, dict]]:
         yield path, record
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@commands.command()
 @click.option(
     "--file",
     "files",

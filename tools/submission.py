@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import click
 
 from cupy_kernels import source
+from modelnew import commands
 
 from .generated import EXAMPLES, check_option, settle
 
@@ -295,7 +296,7 @@ def _sorted_imports(imports) -> list[str]:
     return [*groups[0], "", *groups[1]]
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@commands.command()
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
