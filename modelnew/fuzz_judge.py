@@ -125,7 +125,7 @@ def _compare(case, seed, device) -> dict[str, tuple[torch.Tensor, ...]] | str:
     here = {name: base.to(device, copy=True) for name, base in bases.items()}
     try:
         ours = _results(case, case.ours, here, dy if dy is None else dy.to(device), seed)
-    except (EmulatorError, KernelCompileError):
+    except (BackendError, EmulatorError, KernelCompileError):
         raise
     except REFUSALS as error:
         checked = math.prod(case.tensors["x"].shape)  # PyTorch looks at little of a call with an empty batch

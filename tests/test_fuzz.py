@@ -121,6 +121,14 @@ def test_several_processes_share_the_cases():
     assert reports == [(operator, count) for count in (fuzz.BATCH, 10) for operator in operators]
 
 
+def test_no_case_is_wrong_because_nothing_can_run(monkeypatch):
+    monkeypatch.setenv("CUPY_KERNELS_TIMEOUT", "soon")
+    code, text = invoke("--cases", 1, "--operator", "tanh")
+    assert code == 1
+    assert "CUPY_KERNELS_TIMEOUT='soon' is not a positive number" in text
+    assert "wrong" not in text
+
+
 def test_command_names_a_wrong_case(tmp_path):
     with planted("tanh.cuh", ("(acc_t)1 - y * y", "(acc_t)1.001f - y * y")):
         code, text = invoke("--cases", 20, "--operator", "tanh", "--output", tmp_path)
