@@ -105,12 +105,11 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     if kind is None:
         _refuse_kinds(kernel, pointers, args)
     try:
-        with np.errstate(over="raise"):
-            for i, to_type in scalars:
-                number = to_type(args[i])
-                cast[i] = args[i] if type(args[i]) is Varying else number
-    except (FloatingPointError, OverflowError):
-        raise _does_not_fit(f"{kernel}: {parameters[i].name}", parameters[i].dtype, args[i]) from None
+        for i, to_type in scalars:
+            number = held(args[i], parameters[i])
+            cast[i] = number if type(number) is Varying else to_type(number)
+    except OverflowError:
+        raise _does_not_fit(parameters[i], args[i]) from None
     step = Step(requested, kernel, parameters, grid, block, cast, shared_bytes, *how)
     if steps is not None:
         steps.append(step)
@@ -189,15 +188,21 @@ class Batch:
 
 
 def word(number: float, parameter: Parameter) -> int:
-    """The word of a `Batch` that holds the number for a parameter. Raises ValueError if its type cannot hold it."""
+    """The word of a `Batch` that holds the number for a parameter."""
+    return int.from_bytes(struct.pack(parameter.dtype.char, held(number, parameter)), sys.byteorder)
+
+
+def held(number: float, parameter: Parameter) -> float:
+    """The number. Raises ValueError if it is finite and the parameter's type holds no floats as large."""
     if math.inf > abs(number) > _MOST.get(parameter.dtype, math.inf):
-        raise _does_not_fit(parameter.name, parameter.dtype, number)
-    return int.from_bytes(struct.pack(parameter.dtype.char, number), sys.byteorder)
+        raise _does_not_fit(parameter, number)
+    return number
 
 
-def _does_not_fit(what, dtype, number) -> ValueError:
+def _does_not_fit(parameter, number) -> ValueError:
+    dtype = parameter.dtype
     limits = (np.finfo if dtype.kind == "f" else np.iinfo)(dtype)
-    return ValueError(f"{what}={number} does not fit {dtype}, which holds {limits.min} to {limits.max}")
+    return ValueError(f"{parameter.name}={number} does not fit {dtype}, which holds {limits.min} to {limits.max}")
 
 
 class Varying(float):
