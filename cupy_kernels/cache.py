@@ -43,8 +43,8 @@ def folder() -> Path:
     default = Path(of_system if os.path.isabs(of_system) else "~/.cache", "cupy_kernels")
     try:
         found = Path(default if chosen is None else chosen).expanduser()
-    except RuntimeError as error:
-        raise unusable(default if chosen is None else chosen, "no home directory is known") from error
+    except RuntimeError:
+        raise unusable(default if chosen is None else chosen, "no home directory is known") from None
     if not found.is_absolute():
         raise unusable(repr(chosen), "this is not an absolute path")
     with _errors_of(found):
@@ -122,4 +122,4 @@ def _errors_of(found):
     try:
         yield
     except OSError as error:
-        raise unusable(found, error) from error
+        raise unusable(found, error) from None

@@ -79,6 +79,14 @@ def same_shape(**arrays) -> None:
         raise ValueError(f"these arrays must have one shape: {shapes}")
 
 
+def check_within(name: str, value, least: int, most: int, unit: str) -> None:
+    """Raises TypeError unless the value is an int, and ValueError unless it is within these limits."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, received {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be {least} to {most} {unit}, received {value}")
+
+
 def check_per_channel(channels, **arrays) -> None:
     """Raises ValueError unless every named array (None is allowed) has one element for each channel."""
     for name, array in arrays.items():

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import compiler, nvrtc, parsing, source
-from .common import THREADS, ceil_div
+from .backend import MAX_SHARED_BYTES
+from .common import THREADS, ceil_div, check_within
 from .display import Rows
 from .errors import BackendError
 from .launch import MAX_THREADS
@@ -75,8 +76,9 @@ def attributes(
     Variants with wgmma instructions are listed for "sm_90" if there is an NVRTC of CUDA 12 or newer. Current edits are
     included.
 
-    Raises ValueError for an unknown name or arch, for a block of more threads than CUDA allows, and if no variant has
-    the macros; BackendError without NVRTC; KernelCompileError for an edited text that does not compile.
+    Raises ValueError for an unknown name or arch, for a block or shared memory larger than CUDA allows, and if no
+    variant has the macros; TypeError for a block or shared_bytes that is no int; BackendError without NVRTC;
+    KernelCompileError for an edited text that does not compile.
     """
     matching = _matching(name, _checked_arch(arch), macros)
     return rows([v.kernel(kernel) for v, names in matching for kernel in names], arch, block, shared_bytes)
@@ -86,8 +88,9 @@ def rows(kernels: Sequence[Kernel], arch: str | None, block: int | None, shared_
     """`attributes` of these kernels."""
     measure = _of_gpu if arch is None and _has_gpu() else _of_nvrtc
     arch = _checked_arch(arch)
-    if not (block is None or 0 < block <= MAX_THREADS):
-        raise ValueError(f"block must be 1 to {MAX_THREADS} threads, received {block}")
+    if block is not None:
+        check_within("block", block, 1, MAX_THREADS, "threads")
+    check_within("shared_bytes", shared_bytes, 0, MAX_SHARED_BYTES, "bytes")
     found = list(map(source.in_force, kernels))
     words, common = told_apart([kernel.defines for kernel in found])
     rows = [measure(kernel, arch, block, shared_bytes)._replace(macros=word) for kernel, word in zip(found, words)]

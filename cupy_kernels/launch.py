@@ -20,6 +20,7 @@ BLOCK_LIMITS = (1024, 1024, 64)
 MAX_THREADS = 1024
 
 NULL = np.uint64(0)  # a null pointer
+_MOST = {np.dtype(kind): float(np.finfo(kind).max) for kind in (np.float16, np.float32)}  # a float64 holds all floats
 _observers = []
 _thread = threading.local()
 
@@ -105,10 +106,10 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
         _refuse_kinds(kernel, pointers, args)
     try:
         for i, to_type in scalars:
-            cast[i] = args[i] if type(args[i]) is Varying else to_type(args[i])
-    except OverflowError as error:
-        number, dtype = parameters[i].name, parameters[i].dtype
-        raise ValueError(f"{kernel}: {number}={args[i]} does not fit {dtype}") from error
+            number = held(args[i], parameters[i])
+            cast[i] = number if type(number) is Varying else to_type(number)
+    except OverflowError:
+        raise _does_not_fit(parameters[i], args[i]) from None
     step = Step(requested, kernel, parameters, grid, block, cast, shared_bytes, *how)
     if steps is not None:
         steps.append(step)
@@ -151,13 +152,14 @@ class Batch:
     """
 
     def __init__(self, backend: Backend, launches: list[tuple[Step, list]], count: int = 0):
-        places, varying = {(index, 0): index for index in range(count)}, {}
+        places, varying = {(index, 0): index for index in range(count)}, {}  # {(argument, dtype): parameter}
         for arg, parameter in (pair for step, args in launches for pair in zip(args, step.parameters)):
             if isinstance(arg, Varying):
-                varying[arg.index, parameter.dtype] = None
+                varying[arg.index, parameter.dtype] = parameter
             elif not isinstance(arg, np.generic):
                 places.setdefault((arg.index, arg.offset), len(places))
-        self.backend, self.launches, self.varying = backend, [], list(varying)
+        self.backend, self.launches = backend, []
+        self.varying = [(index, parameter) for (index, _), parameter in varying.items()]
         self.inside = list(places)[count:]
         places.update(zip(varying, itertools.count(len(places))))
         end = len(places)
@@ -180,13 +182,27 @@ class Batch:
     def start(self, pointers: list[int], values: list, stream: int | None) -> None:
         """Starts the launches in a stream of the current GPU. pointers, values: of the call's arguments, by index."""
         inside = [pointers[index] + offset for index, offset in self.inside]
-        self.pack(self.words, 0, *pointers, *inside, *[word(values[index], dtype) for index, dtype in self.varying])
+        varying = [word(values[index], parameter) for index, parameter in self.varying]
+        self.pack(self.words, 0, *pointers, *inside, *varying)
         self.backend.start(self.launches, stream)
 
 
-def word(number: float, dtype: np.dtype) -> int:
-    """The word of a `Batch` that holds a number of this type."""
-    return int.from_bytes(dtype.type(number).tobytes(), sys.byteorder)
+def word(number: float, parameter: Parameter) -> int:
+    """The word of a `Batch` that holds the number for a parameter."""
+    return int.from_bytes(struct.pack(parameter.dtype.char, held(number, parameter)), sys.byteorder)
+
+
+def held(number: float, parameter: Parameter) -> float:
+    """The number. Raises ValueError if it is finite and the parameter's type holds no floats as large."""
+    if math.inf > abs(number) > _MOST.get(parameter.dtype, math.inf):
+        raise _does_not_fit(parameter, number)
+    return number
+
+
+def _does_not_fit(parameter, number) -> ValueError:
+    dtype = parameter.dtype
+    limits = (np.finfo if dtype.kind == "f" else np.iinfo)(dtype)
+    return ValueError(f"{parameter.name}={number} does not fit {dtype}, which holds {limits.min} to {limits.max}")
 
 
 class Varying(float):

@@ -125,6 +125,6 @@ def _arguments(step, array, values):
         if isinstance(arg, Slot):
             arg = array(arg)
         elif type(arg) is Varying:
-            arg = parameter.dtype.type(values[arg.index])
+            arg = parameter.dtype.type(launch.held(values[arg.index], parameter))
         found.append(None if arg is NULL else arg)
     return found

@@ -33,8 +33,16 @@ def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup 
     As with torch.nn.SyncBatchNorm, the module is an ordinary batch norm in evaluation, and in training if no process
     group is initialised or the group has one process.
 
-    In training, a process outside the group gets a RuntimeError. A backward with create_graph=True raises RuntimeError.
+    Raises TypeError for a module or process_group of another type; nothing is changed then. In training, a process
+    outside the group gets a RuntimeError. A backward with create_graph=True raises RuntimeError.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, received a {type(module).__name__}")
+    of_others = dist.is_available() and process_group == dist.GroupMember.NON_GROUP_MEMBER
+    if not (process_group is None or isinstance(process_group, dist.ProcessGroup) or of_others):
+        raise TypeError(
+            f"process_group must be None or a group that torch.distributed.new_group made, received {process_group!r}"
+        )
     if isinstance(module, _LAYERS):
         module.peers = Peers(process_group)
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):

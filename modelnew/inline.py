@@ -19,7 +19,7 @@ from cupy_kernels.launch import launch
 from . import recorders
 from .calls import run
 from .functional.gradients import will_need_grad
-from .inline_arguments import apart, blocks, check_changeable, check_number, checked, shape
+from .inline_arguments import apart, blocks, check_changeable, checked, converted, shape
 from .inline_autograd import Once, Recorded
 from .inline_declaration import Declaration, Options
 from .interop import FLOATS, TORCH, dense
@@ -155,7 +155,7 @@ class Operator:
         self.key = f"{options.forward[-1]} {next(_keys)}"  # a text, as torch.compile lets numbers vary
         operators[self.key] = self
         for name, default in options.defaults.items():
-            check_number(f"defaults=: {name}", self.declared.numbers[name], default)
+            converted(f"defaults=: {name}", self.declared.numbers[name], default)
         self.__name__, self.__signature__ = self.declared.name, self.declared.signature
         self.__doc__ = f"{self} -> {', '.join(self.declared.returned)}; see modelnew.inline.operator."
 
@@ -221,16 +221,16 @@ class Operator:
 
     def _kernel(self, name, dtype):
         name = self.declared.name if name is None else name
-        if name not in self._kernels():
+        if name not in [*self._kernels()]:
             raise ValueError(f"{self} runs the kernels {', '.join(self._kernels())}; received {name!r}")
-        if dtype not in FLOATS:
+        if dtype not in [*FLOATS]:
             raise TypeError(f"dtype is what scalar_t stands for, one of {', '.join(map(str, FLOATS))}; {dtype} is not")
         return self.declared.kernel[name, FLOATS[dtype]]
 
     def __prepare_scriptable__(self):
         recorders.refuse_script(str(self))
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
+    def __call__(self, /, *args: Any, **options: Any) -> Any:
         if is_dynamo_compiling():
             from .inline_registered import in_graph  # a second to import
 
@@ -380,7 +380,7 @@ class Operator:
         args = [values[p.name] if p.pointer else numbers[p.name] for p in parameters]
         for p in parameters:
             if p.name in self.options.sizes:
-                check_number(f"{name}: {p.name}, which sizes= gives,", p.dtype, numbers[p.name])
+                converted(f"{name}: {p.name}, which sizes= gives,", p.dtype, numbers[p.name])
         block = self.options.block
         grid = facts.grids.get(name) or (ceil_div(size, block), 1, 1)
         if 0 in grid and size:

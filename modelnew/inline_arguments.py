@@ -1,12 +1,11 @@
 """Checks the arguments of a call of an inline operator, and sorts them by name. See `inline.operator`."""
 
 import numbers
-from collections.abc import Sequence
 
 import torch
 
 from .inline_declaration import BROADCAST, Declaration
-from .interop import FLOATS, check_floating
+from .interop import FLOATS, check_floating, number
 
 
 def checked(declared: Declaration, args, options) -> tuple[str, torch.device, dict]:
@@ -38,10 +37,7 @@ def checked(declared: Declaration, args, options) -> tuple[str, torch.device, di
                 f"{declared.name}: {name} must be {wanted}, received {values[name].dtype}; use .to({wanted})"
             )
     for name, dtype in declared.numbers.items():
-        check_number(f"{declared.name}: {name}", dtype, values[name])
-        if not isinstance(values[name], torch.SymInt | torch.SymFloat):
-            # A float is a plan's to vary; numbers of other types would be told apart by ==, which 0.0 and -0.0 are not.
-            values[name] = _KINDS.get(dtype.kind, int)(values[name])
+        values[name] = converted(f"{declared.name}: {name}", dtype, values[name])
     device = _device(values.pop("device", None)) if not declared.tensors else values[declared.tensors[0]].device
     _check_shapes(declared, values)
     return scalar, device, values
@@ -59,15 +55,16 @@ def _advice(declared, args, options) -> str:
     )
 
 
-_KINDS = {"f": float, "b": bool}  # by the kind of a NumPy dtype; of all others int
-
-
-def check_number(what: str, dtype, value) -> None:
-    """Raises TypeError unless the value is a number that a kernel parameter of this NumPy dtype can take."""
+def converted(what: str, dtype, value):
+    """The value as a number that a kernel parameter of this NumPy dtype can take. Raises TypeError if it is none."""
     allowed = {"f": numbers.Real | torch.SymFloat | torch.SymInt, "b": bool}
     if not isinstance(value, allowed.get(dtype.kind, numbers.Integral | torch.SymInt)):
         tensor = ", not a tensor" * isinstance(value, torch.Tensor)
         raise TypeError(f"{what} must be a number of kind {dtype}{tensor}, received {value!r}")
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return value
+    # A float is a plan's to vary; numbers of other types would be told apart by ==, which 0.0 and -0.0 are not.
+    return number(value, what) if dtype.kind == "f" else bool(value) if dtype.kind == "b" else int(value)
 
 
 def _scalar(declared, values):
@@ -106,7 +103,8 @@ def _check_shapes(declared, values):
         elif rule is not None:
             wanted = rule
             if callable(rule):
-                wanted = shape(f"shapes= of {name}", rule(*(values[name] for name in declared.arguments)))
+                wanted = rule(*(values[name] for name in declared.arguments))
+                wanted = shape(f"shapes= of {name}", wanted, _LENGTH | None)
             if len(wanted) != tensor.dim() or not all(n in (None, m) for n, m in zip(wanted, tensor.shape)):
                 hint = "" if name in rules else f", as {declared.tensors[0]} has (shapes={{{name!r}: None}} allows any)"
                 expected = ", ".join("any" if n is None else str(n) for n in wanted) + "," * (len(wanted) == 1)
@@ -115,9 +113,12 @@ def _check_shapes(declared, values):
                 )
 
 
-def shape(what: str, value) -> tuple:
-    """The result of an option's function as a shape, in which None may be any length. TypeError if it is not one."""
-    lengths = isinstance(value, Sequence) and all(isinstance(n, numbers.Integral | torch.SymInt | None) for n in value)
+_LENGTH = numbers.Integral | torch.SymInt
+
+
+def shape(what: str, value, length=_LENGTH) -> tuple:
+    """The result of an option's function as a shape. TypeError if it is not one. length: the types of its items."""
+    lengths = isinstance(value, tuple | list) and all(isinstance(n, length) for n in value)
     if not lengths or any(isinstance(n, int) and n < 0 for n in value):
         raise TypeError(f"{what} gave {value!r}: a shape is a tuple of ints from 0 on, as in x.shape or (3,)")
     return tuple(value)
@@ -125,8 +126,8 @@ def shape(what: str, value) -> tuple:
 
 def blocks(kernel: str, value) -> tuple[int, int, int]:
     """The result of grid= for a kernel as three numbers of blocks. Raises TypeError if it is not one to three ints."""
-    found = tuple(value) if isinstance(value, Sequence) else (value,)
-    if len(found) > 3 or not all(isinstance(n, numbers.Integral | torch.SymInt) for n in found):
+    found = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if not 0 < len(found) <= 3 or not all(isinstance(n, _LENGTH) for n in found):
         raise TypeError(f"grid= gave {value!r} for {kernel}: the number of blocks is an int, or up to three")
     return (*found, 1, 1)[:3]
 

@@ -2,6 +2,7 @@
 
 import inspect
 import keyword
+import numbers
 import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 
 from cupy_kernels import hints, parsing, source
 from cupy_kernels.backend import MAX_SHARED_BYTES
-from cupy_kernels.common import scalar_macros
+from cupy_kernels.common import check_within, scalar_macros
 from cupy_kernels.launch import MAX_THREADS
 from cupy_kernels.source import Kernel, signature
 
@@ -46,9 +47,8 @@ class Options(NamedTuple):
                 raise TypeError(f"{name}= is a dict, received {options[name]!r}")
             options[name] = options[name] or {}
         found = cls(text=text, forward=forward, backward=backward, saved=saved, **options)
-        for name, kind in (("text", str), ("block", int), ("shared", int)):
-            if not isinstance(getattr(found, name), kind):
-                raise TypeError(f"{name} is of type {kind.__name__}, received {getattr(found, name)!r}")
+        if not isinstance(text, str):
+            raise TypeError(f"text is of type str, received {text!r}")
         if not forward:
             raise ValueError("forward= names no kernel")
         for option, function in found.functions():
@@ -56,13 +56,13 @@ class Options(NamedTuple):
                 raise TypeError(
                     f"{option}= takes functions of the operator's arguments, as in lambda x: ...; received {function!r}"
                 )
-        if not 0 < found.block <= MAX_THREADS:
-            raise ValueError(f"block must be 1 to {MAX_THREADS} threads, received {found.block}")
-        if not 0 <= found.shared <= MAX_SHARED_BYTES:
-            raise ValueError(f"shared must be 0 to {MAX_SHARED_BYTES} bytes, received {found.shared}")
-        for name in found.defines:
+        check_within("block", found.block, 1, MAX_THREADS, "threads")
+        check_within("shared", found.shared, 0, MAX_SHARED_BYTES, "bytes")
+        for name, value in found.defines.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
                 raise ValueError(f"defines= is {{macro: value}}, and {name!r} is no name of a macro")
+            if not isinstance(value, str | numbers.Real) or isinstance(value, bool):
+                raise TypeError(f"defines=: {name} must be a str or a number, received {value!r}")
         return found
 
     def functions(self) -> list[tuple[str, Callable]]:

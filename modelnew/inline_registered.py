@@ -30,7 +30,7 @@ def has_tangent(value) -> bool:
 
 
 @torch.compiler.allow_in_graph
-def in_graph(key: str, *args, **options):
+def in_graph(key: str, /, *args, **options):
     """Calls an operator, by its key, as one node of torch.compile's graph."""
     return registered(operators[key])(*args, **options)
 
@@ -68,7 +68,7 @@ class _Registered:
         self.backward.register_autograd(lambda *_: refuse_second_derivatives(op.__name__))
         self.forward.register_autograd(self._gradients, setup_context=self._setup_context)
 
-    def __call__(self, *args, **options):
+    def __call__(self, /, *args, **options):
         if torch._C._are_functorch_transforms_active() or any(map(has_tangent, (*args, *options.values()))):
             raise RuntimeError(
                 f"{self.op}: kernels have no rule for vmap and other transforms of torch.func, nor for forward-mode "

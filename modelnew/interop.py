@@ -183,12 +183,28 @@ def accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def number(value, name: str) -> float:
-    """A number, or a tensor with one element, as a float. Raises TypeError for anything else."""
+    """A number, or a tensor with one element, as a float.
+
+    Raises TypeError for anything else, and ValueError for a number beyond all floats.
+    """
     if type(value) is float:
         return value
-    if isinstance(value, (numbers.Real, torch.Tensor)):
+    single = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()
+    if not single and not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, received {value!r}")
+    try:
         return float(value)
-    raise TypeError(f"{name} must be a number, received {value!r}")
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float can hold, received one beyond 1.8e308") from None
+
+
+def flag(value, name: str) -> bool:
+    """A bool, also of NumPy or as an int. Raises TypeError for anything else, such as "False", which is true."""
+    if type(value) is bool:
+        return value
+    if not isinstance(value, int | np.bool_):
+        raise TypeError(f"{name} must be True or False, received {value!r}")
+    return bool(value)
 
 
 def integer(value, name: str) -> int:
@@ -201,12 +217,12 @@ def integer(value, name: str) -> int:
 
 
 def pair(value, name: str) -> tuple[int, int]:
-    """(value, value) for a whole number, (a, b) for two of them. Raises ValueError for anything else."""
+    """(value, value) for a whole number, (a, b) for a tuple or list of two. Raises ValueError for anything else."""
     if type(value) is int:
         return value, value
     if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
         return value
-    values = (value,) if _is_whole(value) else tuple(value) if isinstance(value, Iterable) else ()
+    values = tuple(value) if isinstance(value, tuple | list) else (value,)
     if len(values) not in (1, 2) or not all(map(_is_whole, values)):
         raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
     return int(values[0]), int(values[-1])

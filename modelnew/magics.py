@@ -20,7 +20,6 @@ from rich.table import Table
 
 import cupy_kernels
 from cupy_kernels import inspection, tinker
-from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 from cupy_kernels.launch import observed
 
 from . import checks, environment
@@ -275,11 +274,11 @@ class KernelMagics(Magics):
         If the cell does not compile, or if its results are wrong, nothing changes. Otherwise the new kernel is in force
         in the whole process, until `%cu_reset`. `%cu_text tanh_forward` gives a cell to start from.
         """
-        args = parse_argstring(self.cu, line)
-        options = {"device": args.device, "images": args.images, "seconds": math.inf if args.all else args.seconds}
         try:
+            args = parse_argstring(self.cu, line)
+            options = {"device": args.device, "images": args.images, "seconds": math.inf if args.all else args.seconds}
             verdict = judge(args.kernel, cell, dtypes=args.dtype, **options)
-        except (ValueError, BackendError, EmulatorError, KernelCompileError) as error:
+        except (ValueError, RuntimeError) as error:
             raise UsageError(f"{error}\n{_unchanged()}") from None
         print(table(verdict))
         if not verdict.right:
@@ -302,7 +301,7 @@ class KernelMagics(Magics):
         """Undo edits: `%cu_reset` all, `%cu_reset tanh_forward` one."""
         try:
             cupy_kernels.reset(*line.split())
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise UsageError(str(error)) from None
 
 

@@ -94,8 +94,8 @@ class ModelNew(nn.Module):
     if it was compiled or swapped for another module. All children are called so while global module hooks are
     registered. After `modelnew.convert_sync_batchnorm` the model stays fused.
 
-    Raises ValueError for an unknown name in replace or numerics. A call raises the errors of the functions in
-    `modelnew.functional`.
+    Raises ValueError for an unknown name in replace or numerics, and TypeError if replace is neither a name nor several
+    ones. A call raises the errors of the functions in `modelnew.functional`.
     """
 
     def __init__(
@@ -163,6 +163,8 @@ def _children(model):
 
 
 def _operators(replace) -> tuple[str, ...]:
+    if not isinstance(replace, Iterable):
+        raise TypeError(f'replace takes "all" or names out of {", ".join(OPERATORS)}; received {replace!r}')
     names = OPERATORS if replace == "all" else (replace,) if isinstance(replace, str) else tuple(replace)
     unknown = [name for name in names if name not in OPERATORS]
     if unknown:

@@ -314,7 +314,7 @@ class _Code:
             if steps:
                 batch = plan.batch(steps)
                 words = [*pointers, *(f"{pointers[index]} + {offset}" for index, offset in batch.inside)]
-                words += [str(word(self.values[index], dtype)) for index, dtype in batch.varying]
+                words += [str(word(self.values[index], parameter)) for index, parameter in batch.varying]
                 defined.update({f"pack{number}": batch.pack, f"words{number}": batch.words})
                 lines.append(f"pack{number}(words{number}, 0, {', '.join(words)})")
                 defined.update({f"backend{number}": batch.backend, f"launches{number}": batch.launches})

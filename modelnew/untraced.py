@@ -54,9 +54,9 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **options)
         except UnsupportedError:
             raise
-        except Exception as error:
+        except Exception:
             if function.__name__ not in traced or not all_meta(*args, *options.values()):
-                _check_tensors(function, args, options, error)
+                _check_tensors(function, args, options)
                 raise
         return _of_library(function, args, options)
 
@@ -94,8 +94,8 @@ def all_meta(*values) -> bool:
     return bool(tensors) and all(tensor.is_meta for tensor in tensors)
 
 
-def _check_tensors(function, args, options, error) -> None:
-    """Raises a clearer error instead of `error` if an argument is not a tensor, or one that kernels cannot read.
+def _check_tensors(function, args, options) -> None:
+    """Raises a clearer error than a call's own if an argument is not a tensor, or one that kernels cannot read.
 
     Such calls fail before any launch. Looking for the reason only then costs other calls nothing.
     """
@@ -107,10 +107,10 @@ def _check_tensors(function, args, options, error) -> None:
             continue
         value, what = given[name], f"{function.__qualname__}: {name} must be a dense tensor on a GPU or the CPU"
         if not isinstance(value, allowed):
-            raise TypeError(f"{what}, received a {type(value).__module__}.{type(value).__qualname__}") from error
+            raise TypeError(f"{what}, received a {type(value).__module__}.{type(value).__qualname__}") from None
         if value is None:
             continue
         if value.is_nested:
-            raise RuntimeError(f"{what}, received a nested tensor; use its parts, or .to_padded_tensor(0)") from error
+            raise RuntimeError(f"{what}, received a nested tensor; use its parts, or .to_padded_tensor(0)") from None
         if value.layout is not torch.strided:
-            raise RuntimeError(f"{what}, received layout {value.layout}; use .to_dense()") from error
+            raise RuntimeError(f"{what}, received layout {value.layout}; use .to_dense()") from None

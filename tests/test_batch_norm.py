@@ -263,6 +263,7 @@ X = (3, 2, 4, 5)
             "not differentiable with respect to running_mean",
         ),
         ({"momentum": None}, TypeError, "momentum must be a number, received None"),
+        ({"training": "False"}, TypeError, "training must be True or False, received 'False'"),
         ({"eps": 0.0}, ValueError, "eps must be positive during training, but got 0.0"),
         ({"eps": -1.0, "training": False}, ValueError, "eps must be non-negative, but got -1.0"),
         ({"eps": NAN}, ValueError, "eps must be positive during training, but got nan"),

@@ -53,6 +53,7 @@ def refused(match):
     with pytest.raises(BackendError, match=match) as error:
         run_copy()
     assert "does not compile" not in str(error.value)
+    return error.value
 
 
 @contextlib.contextmanager
@@ -178,7 +179,8 @@ def test_no_home_directory(monkeypatch):
     for name in ("CUPY_KERNELS_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", unknown)
-    refused(rf"~/\.cache/cupy_kernels, the default: no home directory is known.*{WAY_OUT}")
+    error = refused(rf"~/\.cache/cupy_kernels, the default: no home directory is known.*{WAY_OUT}")
+    assert error.__suppress_context__
 
 
 def test_a_read_only_folder(folder):

@@ -2,8 +2,11 @@
 
 import copy
 import functools
+import inspect
+import re
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import tolerance
 import torch
@@ -136,14 +139,28 @@ def test_errors(device):
     function = functional.conv_bn_activation_max_pool_group_norm
     with pytest.raises(TypeError, match=r"negative_slope must be a number, received '0.1'"):
         function(**arguments(device, activation="leaky_relu", negative_slope="0.1"))
-    for slope in (-0.1, float("inf"), float("nan")):
+    for slope in (-0.1, float("inf"), float("nan"), 1e300):
         options = arguments(device, activation="leaky_relu", negative_slope=slope)
-        with pytest.raises(UnsupportedError, match="finite negative_slope of at least 0, received"):
+        with pytest.raises(UnsupportedError, match=r"negative_slope from 0 to 3\.4e\+38, received"):
             function(**options)
     options = arguments(device)
     assert torch.equal(function(**options), functional.conv_bn_tanh_max_pool_group_norm(**options))
-    with pytest.raises(TypeError, match="activation"):
-        functional.conv_bn_tanh_max_pool_group_norm(**options, activation="leaky_relu")
+    for name, value in (("activation", "leaky_relu"), ("negative_slope", 0.1)):
+        assert name not in inspect.signature(functional.conv_bn_tanh_max_pool_group_norm).parameters
+        with pytest.raises(TypeError, match=name):
+            functional.conv_bn_tanh_max_pool_group_norm(**options, **{name: value})
+
+
+@pytest.mark.parametrize("value", [torch.tensor([2, 2]), np.array([2, 2]), np.array([1]), "2"], ids=repr)
+@pytest.mark.parametrize(
+    "name", ["stride", "padding", "output_padding", "dilation", "groups", "pool_size", "pool_stride", "pool_padding"]
+)
+def test_what_is_no_hyper_parameter(name, value):
+    function = functional.conv_bn_activation_max_pool_group_norm
+    message = rf"^{name} must be an int.*, received {re.escape(repr(value))}"
+    for device in ("cpu", "meta"):
+        with pytest.raises((TypeError, ValueError), match=message):
+            function(**arguments(device, **{name: value}))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "LeakyReLU", "leakyrelu", "leaky_re_lu", "Tanh"])

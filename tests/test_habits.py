@@ -175,8 +175,9 @@ def test_momentum_of_any_kind(device, momentum):
 
 
 def test_arrays_are_refused_by_name():
-    with pytest.raises(TypeError, match=r"tanh: input must be a dense tensor.*received a numpy\.ndarray"):
+    with pytest.raises(TypeError, match=r"tanh: input must be a dense tensor.*received a numpy\.ndarray") as error:
         functional.tanh(np.ones(3, np.float32))
+    assert error.value.__suppress_context__  # what the call itself met says less
     with pytest.raises(TypeError, match=r"group_norm: weight .*received a numpy\.ndarray"):
         functional.group_norm(batch(), 4, np.ones(16, np.float32))
     with pytest.raises(TypeError, match=r"conv_transpose2d: input .*received a numpy\.ndarray"):

@@ -246,13 +246,18 @@ def test_definitions_that_are_refused(change, message):
         ({"forward": len}, "forward= is a name, or several, received <built-in"),
         ({"backward": 3}, "backward= is a name or an operator, or several, received 3"),
         ({"saved": [3]}, "saved= is a name, or several"),
-        ({"block": 33.5}, "block is of type int, received 33.5"),
+        ({"block": 33.5}, "block must be an int, received 33.5"),
+        ({"block": True}, "block must be an int, received True"),
+        ({"shared": "4"}, "shared must be an int, received '4'"),
         ({"output": (3,)}, r"output= takes functions of the operator's arguments, .* received \(3,\)"),
         ({"sizes": {"rows": 2}}, "sizes= takes functions .* received 2"),
         ({"grid": 4}, "grid= takes functions .* received 4"),
         ({"grid": {"product": None}}, "grid= takes functions .* received None"),
         ({"sizes": len}, "sizes= is a dict"),
         ({"defines": ["A"]}, r"defines= is a dict, received \['A'\]"),
+        ({"defines": {"A": [1]}}, r"defines=: A must be a str or a number, received \[1\]"),
+        ({"defines": {"A": torch.tensor(1)}}, r"defines=: A must be a str or a number, received tensor\(1\)"),
+        ({"defines": {"A": True}}, "defines=: A must be a str or a number, received True"),
     ],
 )
 def test_options_that_are_refused(change, message):
@@ -266,6 +271,7 @@ def test_grids_and_sizes_that_cannot_be(device):
         ({"grid": lambda a, b: 0}, ValueError, r"gave \(0, 1, 1\) blocks for product, whose output has 12 elements"),
         ({"grid": lambda a, b: 1.5}, TypeError, "grid= gave 1.5 for product: the number of blocks is an int"),
         ({"grid": lambda a, b: (1, 1, 1, 1)}, TypeError, r"grid= gave \(1, 1, 1, 1\)"),
+        ({"grid": lambda a, b: ()}, TypeError, r"grid= gave \(\) for product"),
         ({"sizes": {"size": lambda a, b: 1.5}}, TypeError, "size, which sizes= gives, must be a number of kind int64"),
     ):
         with pytest.raises(error, match=message):
@@ -294,6 +300,8 @@ def test_calls_that_are_refused(device):
             product()(*args)
     with pytest.raises(TypeError, match=r"largest: scale must be a number of kind float32, received 'two'"):
         largest()(x, "two")
+    with pytest.raises(ValueError, match="largest: scale must be a number that a float can hold"):
+        largest()(x, 10**400)
     wrong = operator(LARGEST, "largest", output=lambda *_: {"y": (3,)}, sizes={"columns": lambda *_: 4})
     with pytest.raises(ValueError, match="output= gave shapes of y; outputs are y, where, place"):
         wrong(x, 1)

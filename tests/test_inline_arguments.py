@@ -110,8 +110,8 @@ def test_shapes_of_inputs(device):
     assert operator(PRODUCT, "product", shapes={"b": None})(a, torch.ones(20, device=device)).shape == a.shape
     with pytest.raises(TypeError, match=r"shapes= of b gave 5: a shape is a tuple of ints from 0 on"):
         operator(PRODUCT, "product", shapes={"b": lambda a, b: 5})(a, b)
-    for wrong in (3, (1.5,), (-3,)):
-        with pytest.raises(TypeError, match=rf"output= of y gave {re.escape(str(wrong))}: a shape is"):
+    for wrong in (3, (1.5,), (-3,), (None,), ""):
+        with pytest.raises(TypeError, match=rf"output= of y gave {re.escape(repr(wrong))}: a shape is"):
             operator(PRODUCT, "product", output=lambda a, b, wrong=wrong: wrong)(a, a)
 
 
@@ -252,6 +252,7 @@ def test_defaults(device):
     for change, error, message in (
         ({"size": 1}, ValueError, r"defaults=\['size'\]: the numbers that add_ takes as arguments are scale"),
         ({"scale": "1"}, TypeError, r"defaults=: scale must be a number of kind float32, received '1'"),
+        ({"scale": 10**400}, ValueError, "defaults=: scale must be a number that a float can hold"),
         (3, TypeError, "defaults= is a dict, received 3"),
     ):
         with pytest.raises(error, match=message):
@@ -361,6 +362,8 @@ def test_what_it_is_compiled_to():
     assert "cvt.f32.f16" in half
     with pytest.raises(ValueError, match=r"runs the kernels largest, largest_dx; received 'nothing'"):
         function.ptx("nothing")
+    with pytest.raises(ValueError, match=r"runs the kernels largest, largest_dx; received \['largest'\]"):
+        function.sass(["largest"])
     with pytest.raises(TypeError, match=r"dtype is what scalar_t stands for.*torch.int32 is not"):
         function.ptx(dtype=torch.int32)
     assert len(operator(TYPES, "types").attributes("sm_80")) == 1

@@ -74,6 +74,14 @@ def test_without_gradients_and_without_inputs(device):
     assert torch.equal(whole(function)(x), function(x))
 
 
+@pytest.mark.parametrize("name", ["self", "key", "scalar", "tensors"])
+def test_arguments_with_names_that_the_operator_uses(device, name):
+    text = re.sub(r"\ba\b", name, re.sub(r"\bda\b", f"d{name}", PRODUCT))
+    multiply, x = operator(text, "product", ("product_da", "product_db")), torch.randn(4, device=device)
+    assert torch.equal(multiply(**{name: x}, b=x), x * x)
+    assert torch.equal(whole(lambda x: multiply(**{name: x}, b=x))(x), x * x)
+
+
 def test_a_change_of_an_argument(device):
     add, b = reversed_add(), torch.randn(8, device=device)
     x, expected = torch.zeros(8, device=device), 2 * b.flip(0)

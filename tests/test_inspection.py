@@ -44,8 +44,14 @@ def test_attributes_that_cannot_be():
     for arch in ("sm_99", "90", 90):
         with pytest.raises(ValueError, match=rf"NVRTC [\d.]+ compiles for .*sm_80.*; received {arch!r}"):
             cupy_kernels.attributes("tanh_forward", arch)
-    with pytest.raises(ValueError, match=r"block must be 1 to 1024 threads, received 2048"):
-        cupy_kernels.attributes("tanh_forward", "sm_80", block=2048)
+    for options, error, message in (
+        ({"block": 2048}, ValueError, "block must be 1 to 1024 threads, received 2048"),
+        ({"block": "a"}, TypeError, "block must be an int, received 'a'"),
+        ({"shared_bytes": -1}, ValueError, "shared_bytes must be 0 to 232448 bytes, received -1"),
+        ({"shared_bytes": "a"}, TypeError, "shared_bytes must be an int, received 'a'"),
+    ):
+        with pytest.raises(error, match=message):
+            cupy_kernels.attributes("tanh_forward", "sm_80", **options)
 
 
 @pytest.mark.usefixtures("needs_nvrtc")

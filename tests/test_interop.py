@@ -200,6 +200,53 @@ def test_a_gpu_without_cupy(monkeypatch):
         functional.tanh(torch.ones(3, device="cuda"))
 
 
+@pytest.mark.parametrize(
+    ("convert", "accepted", "refused", "error", "allowed"),
+    [
+        (
+            interop.number,
+            [(3, 3.0), (np.float32(0.5), 0.5), (torch.tensor([2]), 2.0)],
+            ["1", 1j, torch.ones(2), torch.tensor(1j), np.ones(1)],
+            TypeError,
+            "a number",
+        ),
+        (interop.number, [], [10**400, -(10**400)], ValueError, "a number that a float can hold"),
+        (
+            interop.pair,
+            [(2, (2, 2)), ([3], (3, 3)), (torch.Size([1, 2]), (1, 2)), ((torch.tensor(1), np.int64(2)), (1, 2))],
+            [
+                torch.ones(2).int(),
+                np.array(2),
+                np.array([2, 2]),
+                {2: 3},
+                {2, 3},
+                b"22",
+                range(2),
+                "2",
+                True,
+                (),
+                (1, 2, 3),
+            ],
+            ValueError,
+            "an int or a pair of ints",
+        ),
+        (
+            interop.flag,
+            [(True, True), (0, False), (np.bool_(True), True)],
+            ["False", None, torch.tensor(True), 1.0],
+            TypeError,
+            "True or False",
+        ),
+    ],
+)
+def test_arguments(convert, accepted, refused, error, allowed):
+    for value, expected in accepted:
+        assert repr(convert(value, "what")) == repr(expected)
+    for value in refused:
+        with pytest.raises(error, match=f"what must be {allowed}, received "):
+            convert(value, "what")
+
+
 OPERATORS = {case.what: case for case in checks.CASES}
 
 

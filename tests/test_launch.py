@@ -247,8 +247,10 @@ def test_what_a_plan_refuses_it_refuses_before_anything_starts(stand_in):
 
 def test_numbers_that_do_not_fit(arguments):
     x, y, _, size = arguments
-    with pytest.raises(ValueError, match="offset=2147483648 does not fit int32"):
+    message = r"offset=2147483648 does not fit int32, which holds -2147483648 to 2147483647"
+    with pytest.raises(ValueError, match=message) as error:
         start(x, y, 2**31, size)
+    assert error.value.__suppress_context__
     start(x, y, -1, 2**40, block=(6, 1, 1))
 
 

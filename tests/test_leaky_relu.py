@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,6 +90,13 @@ def test_bad_arguments_are_refused(device):
         leaky_relu(torch.arange(3, device=device))
     with pytest.raises(TypeError, match=r"negative_slope must be a number, received 'a'"):
         leaky_relu(x, "a")
+    for slope in (1e300, -1e39):
+        with pytest.raises(RuntimeError):
+            F.leaky_relu(x, slope)
+        with pytest.raises(ValueError, match=rf"slope={re.escape(str(slope))} does not fit float32, which holds -3.4"):
+            leaky_relu(x, slope)
+        leaky_relu(x, 0.5)  # the plan of this call takes any slope
+        assert torch.equal(leaky_relu(-x.double(), slope), F.leaky_relu(-x.double(), slope))
     for call in (lambda: leaky_relu(x, inplace=True), lambda: LeakyReLU(0.1, True)):
         with pytest.raises(ValueError, match=r"received inplace=True; .* pass inplace=False"):
             call()

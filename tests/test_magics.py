@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -196,6 +197,7 @@ def test_what_is_wrong_is_shown(run):
         (f"%%cu tanh_forward --dtype int8\n{FORWARD}", "invalid choice: 'int8'"),
         (f"%%cu tanh_forward --device xpu\n{FORWARD}", "received xpu"),
         (f"%%cu tanh_forward --images 0\n{FORWARD}", "images must be 1 or more, received 0"),
+        (f'%%cu "tanh_forward\n{FORWARD}', "No closing quotation"),
         ("%cu_reset tanh_forward", "tanh_forward is not edited; edited at present: nothing"),
         ("%cu_reset nonsense", "no kernel and no file is called 'nonsense'"),
     ],
@@ -205,6 +207,15 @@ def test_bad_lines(run, cell, message):
     assert error == "UsageError"
     assert message in text
     assert not source.overridden()
+
+
+@pytest.mark.parametrize("cell", [f"%%cu tanh_forward\n{SLOWER}", "%cu_reset"])
+def test_an_edit_while_another_thread_has_a_block(run, monkeypatch, cell):
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "_blocks", [threading.get_ident() + 1])
+        text, error = run(cell)
+    assert error == "UsageError"
+    assert "another thread is inside an override block" in text
 
 
 def test_neither_gpu_nor_compiler(run, monkeypatch):

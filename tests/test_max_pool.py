@@ -304,6 +304,9 @@ def test_other_refusals(device):
         max_pool2d(x.long(), 2)
     with pytest.raises(ValueError, match="kernel_size must be an int or a pair"):
         max_pool2d(x, (2, 2, 2))
+    for name in ("ceil_mode", "return_indices"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, received 'False'"):
+            max_pool2d(x, 2, **{name: "False"})
 
 
 def test_planes_beyond_32_bit_indices_are_refused():

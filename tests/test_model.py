@@ -251,6 +251,8 @@ def test_replace_and_numerics():
     assert {type(m).__module__.split(".")[0] for m in unreplaced.children()} == {"torch"}
     with pytest.raises(ValueError, match=r"conv_transpose.*received \['conv'\]"):
         ModelNew(*SMALL, replace=["conv", "tanh"])
+    with pytest.raises(TypeError, match=r'replace takes "all" or names out of conv_transpose.*; received None'):
+        ModelNew(*SMALL, replace=None)
     with pytest.raises(ValueError, match="auto, tf32, fp32, received 'fp16'"):
         ModelNew(*SMALL, numerics="fp16")
 

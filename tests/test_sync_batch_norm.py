@@ -207,6 +207,17 @@ def test_conversion():
     assert type(convert_sync_batchnorm(nn.BatchNorm2d(3))) is nn.SyncBatchNorm
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), layers.BatchNorm2d(3)])
+def test_what_cannot_be_converted(norm):
+    with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, received a list"):
+        convert_sync_batchnorm([norm])
+    network = nn.Sequential(norm)
+    with pytest.raises(TypeError, match=r"process_group must be None or a group .*, received \[0, 1\]"):
+        convert_sync_batchnorm(network, [0, 1])
+    assert network[0] is norm
+    assert "synchronised" not in repr(norm)
+
+
 def test_without_a_process_group_it_is_an_ordinary_batch_norm():
     for module, x in ((layers.BatchNorm2d(3), torch.randn(2, 3, 4, 4)), (ModelNew(*FUSED), torch.randn(2, 16, 4, 4))):
         converted = convert_sync_batchnorm(copy.deepcopy(module))

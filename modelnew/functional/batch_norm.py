@@ -170,7 +170,7 @@ def batch_norm(
     Raises ValueError for one value per channel in training, for one running statistic without the other, for one tensor
     as both in training, and for eps out of range; RuntimeError for a wrong number of dimensions or elements, for
     missing running statistics outside training, and for tensors on several devices; TypeError for other or mixed
-    dtypes. A refused call changes nothing.
+    dtypes, and for arguments of a wrong type. A refused call changes nothing.
     Outside training, a backward raises RuntimeError if the running statistics were changed since the forward.
     """
     arguments = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)

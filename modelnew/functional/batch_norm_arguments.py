@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..interop import check_parameters, dense, number, one_device
+from ..interop import check_parameters, dense, flag, number, one_device
 
 
 class Norm(NamedTuple):
@@ -23,7 +23,7 @@ class Norm(NamedTuple):
     @classmethod
     def checked(cls, running_mean, running_var, weight, bias, training, momentum, eps, batches) -> "Norm":
         """The same with floats. Refuses what torch.nn.functional.batch_norm refuses whatever its input is."""
-        momentum, eps = number(momentum, "momentum"), number(eps, "eps")
+        training, momentum, eps = flag(training, "training"), number(momentum, "momentum"), number(eps, "eps")
         if training and not eps > 0:
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
         if not eps >= 0:
@@ -38,7 +38,7 @@ class Norm(NamedTuple):
             raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
         elif training and running_mean is running_var:
             raise ValueError("running_mean and running_var are one tensor, and training updates each: give it two")
-        return cls(running_mean, running_var, weight, bias, bool(training), momentum, eps, batches)
+        return cls(running_mean, running_var, weight, bias, training, momentum, eps, batches)
 
     def check(self, input: torch.Tensor, shape=None, alone: bool = True) -> None:
         """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices.

@@ -15,7 +15,7 @@ from cupy_kernels.bn_tanh_max_pool import (
 
 from ..calls import call, dense_after
 from ..cases import Case, first, odd_planes, sums_of
-from ..interop import accumulator_dtype, check_floating, dense
+from ..interop import accumulator_dtype, check_floating, dense, flag
 from ..untraced import untraced
 from .batch_norm import batch_norm_gradients, norm_inputs, of_tensors, statistics, torch_norm
 from .batch_norm_arguments import Norm
@@ -126,7 +126,7 @@ def tanh_max_pool2d(
     no window gets gradient 0, even if it is NaN. In PyTorch, tanh's own gradient is NaN there.
     """
     check_floating(input=input)
-    pool, x, ceil_mode = pool_of(kernel_size, stride, padding, dilation), dense(input), bool(ceil_mode)
+    pool, x, ceil_mode = pool_of(kernel_size, stride, padding, dilation), dense(input), flag(ceil_mode, "ceil_mode")
     if will_need_grad(x):
         return apply(_TanhMaxPool2d, x, pool, ceil_mode)
     return call(_forward, x, pool, ceil_mode, False)[0]
@@ -157,7 +157,9 @@ def bn_tanh_max_pool2d(
     none of its gradient. A refused call changes nothing.
     """
     arguments = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    return _bn_tanh_max_pool2d(input, arguments, pool_of(kernel_size, stride, padding, dilation), bool(ceil_mode))
+    return _bn_tanh_max_pool2d(
+        input, arguments, pool_of(kernel_size, stride, padding, dilation), flag(ceil_mode, "ceil_mode")
+    )
 
 
 def _bn_tanh_max_pool2d(input, arguments, pool, ceil_mode, keep=False):

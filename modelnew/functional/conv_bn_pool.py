@@ -5,7 +5,7 @@ windows. Three operators support any convolution: the convolution, `bn_pool` for
 the group norm.
 """
 
-import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +93,7 @@ def conv_bn_activation_max_pool_group_norm(
                 raise
     if peers is not None:
         raise UnsupportedError("a synchronised batch norm is fused with a convolution without a stride and 2x2 windows")
-    pool, groups = pool_of(*window, 1), integer(groups, "groups")
+    pool, groups = window_of(*window), integer(groups, "groups")
     others = (conv_weight, conv_bias, *arguments[:4], group_weight, group_bias)
     check_three(input, pool, num_batches_tracked, others, *act)
     one_device((input, *others))  # what the last operator would refuse is refused before the second updates anything
@@ -107,16 +107,27 @@ def conv_bn_activation_max_pool_group_norm(
     return group_norm(y, *group)
 
 
-_PLAIN = (((1, 1), (0, 0), (1, 1), 1, 2, 2, 0), (1, 0, 1, 1, 2, None, 0))  # as layers and as the function have it
+_PLAIN = {((1, 1), (0, 0), (1, 1), 1, 2, 2, 0), (1, 0, 1, 1, 2, None, 0)}  # as layers and as the function have it
 
 
 def is_plain(stride, output_padding, dilation, groups, pool_size, pool_stride, pool_padding) -> bool:
-    """Whether the one operator may support the convolution and the windows, as far as these options tell."""
-    given = (stride, output_padding, dilation, groups, pool_size, pool_stride, pool_padding)
-    if given in _PLAIN:
-        return True
-    conv = (*(pair(value, "an option of the convolution") for value in given[:3]), groups)
-    return conv == ((1, 1), (0, 0), (1, 1), 1) and pool_of(*given[4:], 1) == pool_of(2, None, 0, 1)
+    """Whether the one operator may support the convolution and the windows, as far as these options tell.
+
+    Raises TypeError or ValueError for options that are no ints or pairs.
+    """
+    try:
+        if (stride, output_padding, dilation, groups, pool_size, pool_stride, pool_padding) in _PLAIN:
+            return True
+    except TypeError:  # lists and arrays have no hash
+        pass
+    pairs = pair(stride, "stride"), pair(output_padding, "output_padding"), pair(dilation, "dilation")
+    pool = window_of(pool_size, pool_stride, pool_padding)
+    return (*pairs, integer(groups, "groups")) == ((1, 1), (0, 0), (1, 1), 1) and pool == window_of(2, None, 0)
+
+
+def window_of(pool_size, pool_stride, pool_padding) -> Pool:
+    """The `Pool` for these arguments."""
+    return pool_of(pool_size, pool_stride, pool_padding, 1, ("pool_size", "pool_stride", "pool_padding", "dilation"))
 
 
 def check_three(input, pool: Pool, batches, others, activation, negative_slope=0) -> None:
@@ -131,7 +142,17 @@ def check_three(input, pool: Pool, batches, others, activation, negative_slope=0
     check_supported(input, activation, pool)
 
 
-@functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature
-def conv_bn_tanh_max_pool_group_norm(*args: Any, **options: Any) -> torch.Tensor:
-    """`conv_bn_activation_max_pool_group_norm` with activation="tanh"."""
-    return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)
+def tanh_of(function: Callable) -> Callable:
+    """conv_bn_tanh_max_pool_group_norm, by a function that takes any activation."""
+
+    def conv_bn_tanh_max_pool_group_norm(*args: Any, **options: Any) -> torch.Tensor:
+        """`conv_bn_activation_max_pool_group_norm` with activation="tanh"."""
+        return function(*args, activation="tanh", negative_slope=0.0, **options)
+
+    signature = inspect.signature(function)
+    parameters = [p for name, p in signature.parameters.items() if name not in ("activation", "negative_slope")]
+    conv_bn_tanh_max_pool_group_norm.__signature__ = signature.replace(parameters=parameters)
+    return conv_bn_tanh_max_pool_group_norm
+
+
+conv_bn_tanh_max_pool_group_norm = tanh_of(conv_bn_activation_max_pool_group_norm)

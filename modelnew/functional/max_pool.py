@@ -14,7 +14,7 @@ from cupy_kernels.pool import Pool, pool_output_size
 from ..calls import call
 from ..cases import Case, activations, odd_planes
 from ..formats import channels_last, dense_in, restored, stored
-from ..interop import check_floating, pair
+from ..interop import check_floating, flag, pair
 from ..untraced import untraced
 from .gradients import Function, apply, differentiable, will_need_grad
 
@@ -116,11 +116,15 @@ def pooled_shape(shape, pool: Pool, ceil_mode: bool, last: bool = False) -> tupl
     return (*shape[:-2], *pool_output_size(shape[-2:], pool, ceil_mode))
 
 
-def pool_of(kernel_size, stride, padding, dilation) -> Pool:
-    """The `Pool` for PyTorch's arguments, ints or pairs. A stride of None, or an empty tuple, means kernel_size."""
-    kernel_size = pair(kernel_size, "kernel_size")
-    stride = kernel_size if stride is None or stride == () or stride == [] else pair(stride, "stride")
-    return Pool(kernel_size, stride, pair(padding, "padding"), pair(dilation, "dilation"))
+def pool_of(kernel_size, stride, padding, dilation, names=Pool._fields) -> Pool:
+    """The `Pool` for PyTorch's arguments, ints or pairs. A stride of None, or an empty tuple, means kernel_size.
+
+    names: the arguments' names in errors.
+    """
+    kernel_size = pair(kernel_size, names[0])
+    if stride is None or (isinstance(stride, tuple | list) and not stride):
+        stride = kernel_size
+    return Pool(kernel_size, *map(pair, (stride, padding, dilation), names[1:]))
 
 
 def new_argmax(new, y, pool: Pool):
@@ -192,13 +196,13 @@ def max_pool2d(
     elements of a window are equal, the first one is the maximum. If a window contains NaN, its last NaN is the maximum.
     The gradient goes to that element only.
 
-    Raises TypeError for another dtype, ValueError for hyper-parameters that are neither ints nor pairs, and
-    RuntimeError, as PyTorch does, for shapes and windows that do not fit.
+    Raises TypeError for another dtype and for flags that are no bools, ValueError for hyper-parameters that are neither
+    ints nor pairs, and RuntimeError, as PyTorch does, for shapes and windows that do not fit.
     """
     check_floating(input=input)
     pool = pool_of(kernel_size, stride, padding, dilation)
     last = channels_last(input)
-    x, options = dense_in(input, last), (pool, bool(ceil_mode), bool(return_indices))
+    x, options = dense_in(input, last), (pool, flag(ceil_mode, "ceil_mode"), flag(return_indices, "return_indices"))
     if will_need_grad(x):
         return apply(_MaxPool2d, x, *options, last)
     y, indices, _ = call(_forward, stored(x, last), *options, False, last)

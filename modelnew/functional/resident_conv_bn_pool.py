@@ -1,6 +1,5 @@
 """The chain of `conv_bn_pool` as one operator: four kernels forward. The convolution's epilogue pools."""
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +28,8 @@ from .gather_gemm import physical
 from .gradients import Function, apply, gradients_of, will_need_grad
 from .group_norm import group_norm
 from .max_pool import max_pool2d
+
+_MOST = torch.finfo(torch.float32).max
 
 
 class Setting(NamedTuple):
@@ -198,9 +199,9 @@ def last_of(x) -> bool:
 
 
 def check_slope(negative_slope) -> None:
-    if not 0 <= negative_slope < math.inf:
+    if not 0 <= negative_slope <= _MOST:
         raise UnsupportedError(
-            f"pooling before the activation needs a finite negative_slope of at least 0, received {negative_slope}"
+            f"pooling before the activation needs a negative_slope from 0 to {_MOST:.2g}, received {negative_slope}"
         )
 
 

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from ...formats import channels_last, dense_in, empty_in
-from ...interop import accumulator_dtype, dense, number
+from ...interop import accumulator_dtype, dense, flag, number
 from ...registration import fake_gradients, gradients_of_op, in_place_of, ops, register, results_of
 from .. import batch_norm as eager
 from ..batch_norm_arguments import Norm
@@ -47,7 +47,7 @@ def _batch_norm(
     tanh,
 ):
     momentum, eps = number(momentum, "momentum"), number(eps, "eps")
-    arguments = running_mean, running_var, weight, bias, bool(training), momentum, eps
+    arguments = running_mean, running_var, weight, bias, flag(training, "training"), momentum, eps
     op = overload(ops.batch_norm, running_mean, training, num_batches_tracked)
     return op(input, *arguments, num_batches_tracked, tanh)[0]
 

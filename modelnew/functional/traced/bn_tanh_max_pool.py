@@ -4,7 +4,7 @@ import torch
 
 from ...calls import call
 from ...formats import empty_in
-from ...interop import check_floating, dense, number
+from ...interop import check_floating, dense, flag, number
 from ...registration import fake_gradients, gradients_of_op, in_place_of, ops, register, results_of
 from .. import bn_tanh_max_pool as eager
 from ..batch_norm_arguments import Norm
@@ -15,7 +15,7 @@ from .max_pool import WINDOW, as_pool, empty_argmax
 
 @in_place_of
 def tanh_max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
-    return ops.tanh_max_pool2d(input, *pool_of(kernel_size, stride, padding, dilation), bool(ceil_mode))[0]
+    return ops.tanh_max_pool2d(input, *pool_of(kernel_size, stride, padding, dilation), flag(ceil_mode, "ceil_mode"))[0]
 
 
 def _run(input, *options):
@@ -83,10 +83,10 @@ def bn_tanh_max_pool2d(
     num_batches_tracked=None,
 ):
     momentum, eps = number(momentum, "momentum"), number(eps, "eps")
-    arguments = running_mean, running_var, weight, bias, bool(training), momentum, eps
+    arguments = running_mean, running_var, weight, bias, flag(training, "training"), momentum, eps
     window = pool_of(kernel_size, stride, padding, dilation)
     op = batch_norm.overload(ops.bn_tanh_max_pool2d, running_mean, training, num_batches_tracked)
-    return op(input, *arguments, num_batches_tracked, *window, bool(ceil_mode))[0]
+    return op(input, *arguments, num_batches_tracked, *window, flag(ceil_mode, "ceil_mode"))[0]
 
 
 def _run_normed(input, *options):

@@ -14,15 +14,14 @@ from cupy_kernels.pooled_tail import struct_of
 
 from ... import autocast
 from ...formats import dense_in, empty_in, restored, stored
-from ...interop import NUMPY, aligned, check_floating, dense, integer, number, pair
+from ...interop import NUMPY, aligned, check_floating, dense, flag, integer, number, pair
 from ...numerics import NUMERICS, check_numerics, settled, settled_choice, settled_in_graph
 from ...registration import composite, fake_gradients, gradients_of_op, in_place_of, ops, register, results_of, traced
 from .. import resident_conv_bn_pool as eager
 from ..batch_norm_arguments import Norm
 from ..bn_pool import activation_of
-from ..conv_bn_pool import check_three, is_plain
+from ..conv_bn_pool import check_three, is_plain, tanh_of, window_of
 from ..gradients import gradients_of
-from ..max_pool import pool_of
 from . import batch_norm
 from .conv_transpose import convolution, flops
 from .max_pool import WINDOW
@@ -71,19 +70,17 @@ def conv_bn_activation_max_pool_group_norm_or_parts(
     check_numerics(numerics)
     numerics = settled_in_graph(eager._class(numerics, input), input.device)
     momentum, eps = number(momentum, "momentum"), number(eps, "eps")
-    arguments = running_mean, running_var, weight, bias, bool(training), momentum, eps
+    arguments = running_mean, running_var, weight, bias, flag(training, "training"), momentum, eps
     conv = conv_weight, conv_bias, pair(padding, "padding"), activation, number(negative_slope, "negative_slope")
     group = integer(num_groups, "num_groups"), group_weight, group_bias, number(group_eps, "group_eps")
     more = pair(stride, "stride"), pair(output_padding, "output_padding"), pair(dilation, "dilation")
-    more += integer(groups, "groups"), *pool_of(pool_size, pool_stride, pool_padding, 1), parts
+    more += integer(groups, "groups"), *window_of(pool_size, pool_stride, pool_padding), parts
     packet = ops.conv_bn_activation_max_pool_group_norm_or_parts
     op = batch_norm.overload(packet, running_mean, training, num_batches_tracked)
     return op(input, *arguments, num_batches_tracked, *conv, *group, numerics, *more)
 
 
-@in_place_of
-def conv_bn_tanh_max_pool_group_norm(*args, **options):
-    return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)
+in_place_of(tanh_of(conv_bn_activation_max_pool_group_norm))
 
 
 ARGUMENTS = (
@@ -274,7 +271,7 @@ def _or_parts(input, *options):
             return autocast.result_of_norm(op(input, *arguments)[0])
         except UnsupportedError:
             pass
-    pool = pool_of(size, pool_stride, pool_padding, 1)
+    pool = window_of(size, pool_stride, pool_padding)
     others = conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias
     try:
         check_three(input, pool, batches, others, activation, slope)

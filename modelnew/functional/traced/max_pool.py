@@ -5,7 +5,7 @@ from torch._C._functorch import is_batchedtensor
 
 from ...calls import call
 from ...formats import channels_last, dense_in, empty_in, restored, stored
-from ...interop import check_floating
+from ...interop import check_floating, flag
 from ...registration import in_place_of, ops, register, results_of
 from .. import max_pool as eager
 from ..max_pool import Pool, pool_of, pooled_shape
@@ -16,7 +16,7 @@ WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
 @in_place_of
 def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     window = pool_of(kernel_size, stride, padding, dilation)
-    y, indices, _ = ops.max_pool2d(input, *window, bool(ceil_mode), bool(return_indices))
+    y, indices, _ = ops.max_pool2d(input, *window, flag(ceil_mode, "ceil_mode"), flag(return_indices, "return_indices"))
     return (y, indices) if return_indices else y
 
 
