@@ -174,6 +174,48 @@ def test_undo_what_has_changed_since(device):
     assert not replaced.layers
 
 
+def hooked(module):
+    """Gives `module` another forward around the one that it has, as the hooks of accelerate and diffusers do."""
+    module._old_forward = module.forward
+    module.forward = lambda x: module._old_forward(x)
+
+
+def test_another_forward_given_before(network, device, launched):
+    """It would go on calling PyTorch's."""
+    for module in (network.down[1], network.bottom):
+        hooked(module)
+    replaced = modelnew.replace_layers(network)
+    assert type(network.down[1]) is nn.BatchNorm2d
+    assert type(network.bottom) is nn.Sequential
+    assert type(network.bottom[1]) is layers.BatchNorm2d
+    assert replaced.kept["down.1"] == (
+        "BatchNorm2d was given another forward, as by accelerate's hooks: replace it before that"
+    )
+    network.down[:2](images(device))
+    assert not launched
+
+
+def test_another_forward_given_since(network, device):
+    """It goes on calling ours, so the layer stays ours."""
+    replaced, x = modelnew.replace_layers(network), images(device)
+    network.eval()
+    expected = network(x)
+    hooked(network.up)
+    replaced.undo()
+    assert list(replaced.layers) == ["up"]
+    torch.testing.assert_close(network(x), expected)
+    del network.up.forward
+    replaced.undo()
+    assert type(network.up) is nn.ConvTranspose2d
+    assert not replaced.layers
+
+
+def test_many_layers_kept_for_one_reason():
+    network = nn.Sequential(*(nn.LeakyReLU(inplace=True) for _ in range(5)))
+    for count, names in ((3, "0, 1, 2"), (5, "0, 1 and 3 more")):
+        assert f"\nkept {names}: LeakyReLU(inplace=True) changes" in str(modelnew.replace_layers(network[:count]))
+
+
 def test_containers_are_no_layers(network):
     modelnew.replace_layers(network)
     count = sum(type(m).__module__.startswith("modelnew.functional") for m in network.modules())
