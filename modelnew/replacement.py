@@ -44,9 +44,9 @@ class Replaced(NamedTuple):
         parametrization, or that was given another forward, as by accelerate's hooks, stays ours, and in `layers`.
         """
         for name, module in list(self.layers.items()):
-            if type(module) not in _THEIRS or "forward" in vars(module):
+            if type(module) not in _THEIRS or _has_another_forward(module):
                 continue
-            module.__class__ = _THEIRS[type(module)]
+            _change_class(module, _THEIRS[type(module)])
             vars(module).pop("numerics", None)
             if peers := vars(module).pop("peers", None):
                 module.__class__, module.process_group = nn.SyncBatchNorm, peers.process_group
@@ -85,7 +85,7 @@ def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
         elif reason := _reason_to_keep(child):
             replaced.kept[name] = reason
     for name, child in module.named_modules():
-        if type(child) is nn.Sequential and "forward" not in vars(child) and _has_chain(child):
+        if type(child) is nn.Sequential and not _has_another_forward(child) and _has_chain(child):
             _replace(replaced, name, child)
     return replaced
 
@@ -96,8 +96,19 @@ def can_be_replaced(module: nn.Module) -> bool:
 
 
 def _replace(replaced, name, module):
-    module.__class__ = _OURS[type(module)]
+    _change_class(module, _OURS[type(module)])
     replaced.layers[name] = module
+
+
+def _change_class(module, kind):
+    vars(module).pop("forward", None)  # see `_has_another_forward`; it would hide that of the new class
+    module.__class__ = kind
+
+
+def _has_another_forward(module) -> bool:
+    """Whether the module was given a forward. The method of its class, which accelerate's hooks leave, is none."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _first(names: list[str]) -> str:
@@ -109,7 +120,7 @@ def _reason_to_keep(module) -> str | None:
         return None
     if type(module) not in _OURS:
         return f"{type(module).__name__} is derived from PyTorch's layer"
-    if "forward" in vars(module):
+    if _has_another_forward(module):
         return f"{type(module).__name__} was given another forward, as by accelerate's hooks: replace it before that"
     if getattr(module, "inplace", False):
         return f"{type(module).__name__}(inplace=True) changes its input, ours do not: set inplace to False before"

@@ -125,6 +125,15 @@ def test_what_is_replaced_and_what_is_kept(network):
     assert str(again).startswith("replaced: nothing\nkinds of layers that can be replaced: BatchNorm1d, ")
 
 
+def test_how_tools_recognise_layers(network):
+    original = copy.deepcopy(network)
+    modelnew.replace_layers(network)
+    for theirs, ours in zip(original.modules(), network.modules(), strict=True):
+        assert isinstance(ours, type(theirs))
+        assert type(ours).__name__ == type(theirs).__name__
+    assert str(network) == str(original)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies(network, device, copied):
     modelnew.replace_layers(network)
@@ -180,6 +189,12 @@ def hooked(module):
     module.forward = lambda x: module._old_forward(x)
 
 
+def unhooked(module):
+    """Leaves the method of the class as an attribute of the module."""
+    module.forward = module._old_forward
+    del module._old_forward
+
+
 def test_another_forward_given_before(network, device, launched):
     """It would go on calling PyTorch's."""
     for module in (network.down[1], network.bottom):
@@ -193,6 +208,12 @@ def test_another_forward_given_before(network, device, launched):
     )
     network.down[:2](images(device))
     assert not launched
+    for module in (network.down[1], network.bottom):
+        unhooked(module)
+    again = modelnew.replace_layers(network)
+    assert again.layers == {"down.1": network.down[1], "bottom": network.bottom}
+    network.down[:2](images(device))
+    assert launched
 
 
 def test_another_forward_given_since(network, device):
@@ -204,9 +225,10 @@ def test_another_forward_given_since(network, device):
     replaced.undo()
     assert list(replaced.layers) == ["up"]
     torch.testing.assert_close(network(x), expected)
-    del network.up.forward
+    unhooked(network.up)
     replaced.undo()
     assert type(network.up) is nn.ConvTranspose2d
+    assert "forward" not in vars(network.up)
     assert not replaced.layers
 
 
