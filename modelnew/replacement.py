@@ -32,18 +32,21 @@ class Replaced(NamedTuple):
         lines = ["replaced: " + (", ".join(f"{count} {name}" for name, count in counts.items()) or _NOTHING)]
         lines += [f"ours before: {self.before}"] * bool(self.before)
         lines += [f"fused where the kernels support it: a chain in {name or 'the network itself'}" for name in chains]
-        return "\n".join((*lines, *(f"kept {name or 'the module'}: {reason}" for name, reason in self.kept.items())))
+        reasons = {}
+        for name, reason in self.kept.items():
+            reasons.setdefault(reason, []).append(name or "the module")
+        return "\n".join((*lines, *(f"kept {_first(names)}: {reason}" for reason, names in reasons.items())))
 
     def undo(self) -> None:
         """Makes the layers PyTorch's again, and empties `layers`. Parameters and buffers stay as they are now.
 
         A synchronised batch norm becomes a torch.nn.SyncBatchNorm. A layer whose class has changed since, as by a
-        parametrization, stays ours, and in `layers`.
+        parametrization, or that was given another forward, as by accelerate's hooks, stays ours, and in `layers`.
         """
         for name, module in list(self.layers.items()):
-            if type(module) not in _THEIRS:
+            if type(module) not in _THEIRS or _has_another_forward(module):
                 continue
-            module.__class__ = _THEIRS[type(module)]
+            _change_class(module, _THEIRS[type(module)])
             vars(module).pop("numerics", None)
             if peers := vars(module).pop("peers", None):
                 module.__class__, module.process_group = nn.SyncBatchNorm, peers.process_group
@@ -61,10 +64,11 @@ def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
 
     Returns a `Replaced`: print it to see what was done; `undo()` takes it back.
 
-    A layer is kept if its class is derived from PyTorch's, for instance by a parametrization, or if it changes its
-    input in place. Calls of torch.nn.functional in a forward are not replaced: use `modelnew.functional` there. Call
-    replace_layers before torch.compile and `fully_shard`, and before or after an optimizer is made. Inputs that ours
-    refuse and PyTorch's take, such as complex numbers, raise an error: see docs/works_with.md.
+    A layer is kept if its class is derived from PyTorch's, for instance by a parametrization, if it changes its input
+    in place, or if it was given another forward, as by accelerate's hooks. Calls of torch.nn.functional in a forward
+    are not replaced: use `modelnew.functional` there. Call replace_layers before torch.compile and `fully_shard`, and
+    before or after an optimizer is made. Inputs that ours refuse and PyTorch's take, such as complex numbers, raise an
+    error: see docs/works_with.md.
 
     Raises ValueError for unknown numerics, and TypeError for what is no module. Nothing is changed then.
     """
@@ -81,7 +85,7 @@ def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
         elif reason := _reason_to_keep(child):
             replaced.kept[name] = reason
     for name, child in module.named_modules():
-        if type(child) is nn.Sequential and _has_chain(child):
+        if type(child) is nn.Sequential and not _has_another_forward(child) and _has_chain(child):
             _replace(replaced, name, child)
     return replaced
 
@@ -92,8 +96,23 @@ def can_be_replaced(module: nn.Module) -> bool:
 
 
 def _replace(replaced, name, module):
-    module.__class__ = _OURS[type(module)]
+    _change_class(module, _OURS[type(module)])
     replaced.layers[name] = module
+
+
+def _change_class(module, kind):
+    vars(module).pop("forward", None)  # see `_has_another_forward`; it would hide that of the new class
+    module.__class__ = kind
+
+
+def _has_another_forward(module) -> bool:
+    """Whether the module was given a forward. The method of its class, which accelerate's hooks leave, is none."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
 
 
 def _reason_to_keep(module) -> str | None:
@@ -101,6 +120,8 @@ def _reason_to_keep(module) -> str | None:
         return None
     if type(module) not in _OURS:
         return f"{type(module).__name__} is derived from PyTorch's layer"
+    if _has_another_forward(module):
+        return f"{type(module).__name__} was given another forward, as by accelerate's hooks: replace it before that"
     if getattr(module, "inplace", False):
         return f"{type(module).__name__}(inplace=True) changes its input, ours do not: set inplace to False before"
     return None

@@ -125,6 +125,15 @@ def test_what_is_replaced_and_what_is_kept(network):
     assert str(again).startswith("replaced: nothing\nkinds of layers that can be replaced: BatchNorm1d, ")
 
 
+def test_how_tools_recognise_layers(network):
+    original = copy.deepcopy(network)
+    modelnew.replace_layers(network)
+    for theirs, ours in zip(original.modules(), network.modules(), strict=True):
+        assert isinstance(ours, type(theirs))
+        assert type(ours).__name__ == type(theirs).__name__
+    assert str(network) == str(original)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies(network, device, copied):
     modelnew.replace_layers(network)
@@ -172,6 +181,61 @@ def test_undo_what_has_changed_since(device):
     replaced.undo()
     assert type(network[0]) is nn.ConvTranspose2d
     assert not replaced.layers
+
+
+def hooked(module):
+    """Gives `module` another forward around the one that it has, as the hooks of accelerate and diffusers do."""
+    module._old_forward = module.forward
+    module.forward = lambda x: module._old_forward(x)
+
+
+def unhooked(module):
+    """Leaves the method of the class as an attribute of the module."""
+    module.forward = module._old_forward
+    del module._old_forward
+
+
+def test_another_forward_given_before(network, device, launched):
+    """It would go on calling PyTorch's."""
+    for module in (network.down[1], network.bottom):
+        hooked(module)
+    replaced = modelnew.replace_layers(network)
+    assert type(network.down[1]) is nn.BatchNorm2d
+    assert type(network.bottom) is nn.Sequential
+    assert type(network.bottom[1]) is layers.BatchNorm2d
+    assert replaced.kept["down.1"] == (
+        "BatchNorm2d was given another forward, as by accelerate's hooks: replace it before that"
+    )
+    network.down[:2](images(device))
+    assert not launched
+    for module in (network.down[1], network.bottom):
+        unhooked(module)
+    again = modelnew.replace_layers(network)
+    assert again.layers == {"down.1": network.down[1], "bottom": network.bottom}
+    network.down[:2](images(device))
+    assert launched
+
+
+def test_another_forward_given_since(network, device):
+    """It goes on calling ours, so the layer stays ours."""
+    replaced, x = modelnew.replace_layers(network), images(device)
+    network.eval()
+    expected = network(x)
+    hooked(network.up)
+    replaced.undo()
+    assert list(replaced.layers) == ["up"]
+    torch.testing.assert_close(network(x), expected)
+    unhooked(network.up)
+    replaced.undo()
+    assert type(network.up) is nn.ConvTranspose2d
+    assert "forward" not in vars(network.up)
+    assert not replaced.layers
+
+
+def test_many_layers_kept_for_one_reason():
+    network = nn.Sequential(*(nn.LeakyReLU(inplace=True) for _ in range(5)))
+    for count, names in ((3, "0, 1, 2"), (5, "0, 1 and 3 more")):
+        assert f"\nkept {names}: LeakyReLU(inplace=True) changes" in str(modelnew.replace_layers(network[:count]))
 
 
 def test_containers_are_no_layers(network):
