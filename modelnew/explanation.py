@@ -2,10 +2,11 @@
 
 import threading
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cupy_kernels.conv_transpose import Geometry
 
@@ -20,28 +21,30 @@ from .numerics import choose, resolve
 from .replacement import can_be_replaced
 
 
-def explain(module: nn.Module, x: torch.Tensor) -> str:
-    """Describes which of our kernels module(x) launches, forward and backward. Returns the text.
+def explain(module: nn.Module, /, *args: Any, **options: Any) -> str:
+    """Describes which of our kernels module(*args, **options) launches, forward and backward. Returns the text.
 
     module: a module that contains layers of ours. For ModelNew, ConvTranspose2d, and chains of layers in a
         `modelnew.Sequential`, the text also says why these kernels run. For other modules, it names layers that
         `replace_layers` can replace.
-    x: its input. For the backward, all outputs of the module get a gradient; under torch.no_grad() there is none.
+    args, options: its inputs, such as x. For the backward, all outputs of the module get a gradient; under
+        torch.no_grad() there is none.
 
-    None of our kernels is launched; their results are zeros, on which the module's other operators run. Buffers, x and
-    random states are not changed, nor are parameters, unless the module's forward changes them.
+    None of our kernels is launched; their results are zeros, on which the module's other operators run. Buffers, inputs
+    and random states are not changed, nor are parameters, unless the module's forward changes them.
 
-    Hooks run, those of parameters too, with gradients of zeros. Raises TypeError for what is no module, and for an x
-    that is no tensor, what the module raises, and what torch.func.functional_call raises for it, as for DataParallel.
+    Hooks run, those of parameters too, with gradients of zeros. Raises TypeError for what is no module, and for inputs
+    without a tensor, what the module raises, and what torch.func.functional_call raises for it, as for DataParallel.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, received a {type(module).__name__}")
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a tensor, the only input of the module, received a {type(x).__name__}")
+    x = next((value for value in tree_leaves((args, options)) if isinstance(value, torch.Tensor)), None)
+    if x is None:
+        raise TypeError(f"explain(module, x) takes what module(x) takes, with a tensor; received {args} {options}")
     lines, chains = [], []
     fusions.noted[threading.get_ident()] = chains
     try:
-        planned = planned_kernels(module, x)
+        planned = planned_kernels(module, *args, **options)
     finally:
         fusions.noted.pop(threading.get_ident(), None)
     if isinstance(module, ModelNew):
@@ -73,22 +76,30 @@ def _chain(found, reason, conv, x) -> list[str]:
     return lines
 
 
-def planned_kernels(module: nn.Module, x: torch.Tensor) -> tuple[list, list]:
-    """Our kernels that module(x) launches, forward and backward, in order. See `explain`."""
+def planned_kernels(module: nn.Module, /, *args: Any, **options: Any) -> tuple[list, list]:
+    """Our kernels that module(*args, **options) launches, forward and backward, in order. See `explain`."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    gpus, recorded = [x.device] if x.is_cuda else [], torch.is_grad_enabled()
+    tensors = [value for value in tree_leaves((args, options)) if isinstance(value, torch.Tensor)]
+    gpus, recorded = {tensor.device for tensor in tensors if tensor.is_cuda}, torch.is_grad_enabled()
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(recorded),
         torch.random.fork_rng(gpus),
     ):
-        leaf = (x.clone() if x.is_inference() else x).detach().requires_grad_(x.is_floating_point())
+        leaves = []
+
+        def own(tensor):
+            leaf = (tensor.clone() if tensor.is_inference() else tensor).detach()
+            leaves.append(leaf.requires_grad_(tensor.is_floating_point()))
+            return leaf.clone()  # which the module may change in place
+
+        inputs, named = tree_map_only(torch.Tensor, own, (args, options))
         with planned() as forward:
-            results = torch.func.functional_call(module, buffers, (leaf.clone(),))  # which it may change in place
+            results = torch.func.functional_call(module, buffers, inputs, named)
         with planned() as backward:
             results = [y for y in tree_leaves(results) if isinstance(y, torch.Tensor) and y.requires_grad]
             if results:
-                wanted = [t for t in (leaf, *module.parameters()) if t.requires_grad]
+                wanted = [t for t in (*leaves, *module.parameters()) if t.requires_grad]
                 torch.autograd.grad(results, wanted, list(map(torch.ones_like, results)), allow_unused=True)
     forward, backward = ([kernel for plan in plans for kernel in plan.kernels] for plans in (forward, backward))
     return forward, backward

@@ -411,11 +411,27 @@ def test_explain_changes_nothing(device):
         explain(cannot_be_trained, x)
 
 
+def test_explain_modules_of_several_inputs(device, launched):
+    class Module(torch.nn.Module):
+        def forward(self, image, step, *, features):
+            return functional.tanh(image + step), functional.leaky_relu(features["last"].mul_(step))
+
+    x = torch.randn(2, 3, 4, 4, device=device)
+    text = explain(Module(), x, torch.tensor(3, device=device), features={"last": x})
+    first, second = "tanh_forward, leaky_relu_forward", "leaky_relu_backward, tanh_backward"
+    assert text.splitlines() == [f"forward: {first}", f"backward: {second}"]
+    assert explain(layers.Tanh(), input=x).startswith("forward: tanh_forward")
+    assert not launched
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("x", torch.ones(1)), "module must be a torch.nn.Module, received a str"),
-        ((torch.nn.Tanh(), [1.0]), "x must be a tensor, the only input of the module, received a list"),
+        (
+            (torch.nn.Tanh(), [1.0]),
+            r"explain\(module, x\) takes what module\(x\) takes, with a tensor; received \(\[1.0",
+        ),
     ],
 )
 def test_explain_refuses(arguments, message):
