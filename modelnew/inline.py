@@ -24,6 +24,8 @@ from .inline_autograd import Once, Recorded
 from .inline_declaration import Declaration, Options
 from .interop import FLOATS, TORCH, dense
 
+_INSTEAD = "use torch.export, or PyTorch's operators, of which torch.onnx.export can make a graph, too"
+
 
 def operator(
     text: str,
@@ -228,7 +230,7 @@ class Operator:
         return self.declared.kernel[name, FLOATS[dtype]]
 
     def __prepare_scriptable__(self):
-        recorders.refuse_script(str(self))
+        recorders.refuse_script(str(self), _INSTEAD)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if is_dynamo_compiling():
@@ -239,7 +241,7 @@ class Operator:
         if has_torch_function(values):
             return handle_torch_function(self, values, *args, **options)
         if recorders.present() or _without_memory(values):
-            recorders.refuse(str(self))
+            recorders.refuse(str(self), _INSTEAD)
             from .inline_registered import registered
 
             return registered(self)(*args, **options)

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import layers
 from .fusions import CHAINS, LENGTH, Sequential
@@ -61,10 +62,11 @@ def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
 
     Returns a `Replaced`: print it to see what was done; `undo()` takes it back.
 
-    A layer is kept if its class is derived from PyTorch's, for instance by a parametrization, or if it changes its
-    input in place. Calls of torch.nn.functional in a forward are not replaced: use `modelnew.functional` there. Call
-    replace_layers before torch.compile and `fully_shard`, and before or after an optimizer is made. Inputs that ours
-    refuse and PyTorch's take, such as complex numbers, raise an error: see docs/works_with.md.
+    A layer is kept if its class is derived from PyTorch's, for instance by a parametrization, if it changes its input
+    in place, or if it is lazy. So is a torch.nn.SyncBatchNorm. Calls of torch.nn.functional in a forward are not
+    replaced: use `modelnew.functional` there. Call replace_layers before torch.compile and `fully_shard`, and before or
+    after an optimizer is made. Inputs that ours refuse and PyTorch's take, such as complex numbers, raise an error: see
+    docs/works_with.md.
 
     Raises ValueError for unknown numerics, and TypeError for what is no module. Nothing is changed then.
     """
@@ -97,6 +99,10 @@ def _replace(replaced, name, module):
 
 
 def _reason_to_keep(module) -> str | None:
+    if isinstance(module, nn.SyncBatchNorm):
+        return "SyncBatchNorm is PyTorch's: call replace_layers first, and modelnew.convert_sync_batchnorm then"
+    if isinstance(module, LazyModuleMixin) and module.cls_to_become in _OURS:
+        return f"{type(module).__name__} has no shape yet: call replace_layers again after a forward"
     if isinstance(module, nn.Sequential) or not isinstance(module, tuple(_OURS)) or type(module) in _THEIRS:
         return None
     if type(module) not in _OURS:
