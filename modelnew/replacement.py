@@ -39,10 +39,10 @@ class Replaced(NamedTuple):
         """Makes the layers PyTorch's again, and empties `layers`. Parameters and buffers stay as they are now.
 
         A synchronised batch norm becomes a torch.nn.SyncBatchNorm. A layer whose class has changed since, as by a
-        parametrization, stays ours, and in `layers`.
+        parametrization, or which was given a `forward` of its own, stays ours, and in `layers`.
         """
         for name, module in list(self.layers.items()):
-            if type(module) not in _THEIRS:
+            if type(module) not in _THEIRS or _has_own_forward(module):
                 continue
             module.__class__ = _THEIRS[type(module)]
             vars(module).pop("numerics", None)
@@ -63,10 +63,10 @@ def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
     Returns a `Replaced`: print it to see what was done; `undo()` takes it back.
 
     A layer is kept if its class is derived from PyTorch's, for instance by a parametrization, if it changes its input
-    in place, or if it is lazy. So is a torch.nn.SyncBatchNorm. Calls of torch.nn.functional in a forward are not
-    replaced: use `modelnew.functional` there. Call replace_layers before torch.compile and `fully_shard`, and before or
-    after an optimizer is made. Inputs that ours refuse and PyTorch's take, such as complex numbers, raise an error: see
-    docs/works_with.md.
+    in place, if it is lazy, or if the object was given a `forward`, as by hooks of accelerate. So is a
+    torch.nn.SyncBatchNorm. Calls of torch.nn.functional in a forward are not replaced: use `modelnew.functional` there.
+    Call replace_layers before torch.compile and `fully_shard`, and before or after an optimizer is made. Inputs that
+    ours refuse and PyTorch's take, such as complex numbers, raise an error: see docs/works_with.md.
 
     Raises ValueError for unknown numerics, and TypeError for what is no module. Nothing is changed then.
     """
@@ -84,7 +84,10 @@ def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
             replaced.kept[name] = reason
     for name, child in module.named_modules():
         if type(child) is nn.Sequential and _has_chain(child):
-            _replace(replaced, name, child)
+            if _has_own_forward(child):
+                replaced.kept[name] = _reason_of_own_forward(child)
+            else:
+                _replace(replaced, name, child)
     return replaced
 
 
@@ -109,7 +112,16 @@ def _reason_to_keep(module) -> str | None:
         return f"{type(module).__name__} is derived from PyTorch's layer"
     if getattr(module, "inplace", False):
         return f"{type(module).__name__}(inplace=True) changes its input, ours do not: set inplace to False before"
-    return None
+    return _reason_of_own_forward(module) if _has_own_forward(module) else None
+
+
+def _has_own_forward(module) -> bool:
+    """Whether the object has a `forward`, which hides that of its class. Hooks of accelerate set one."""
+    return "forward" in vars(module)
+
+
+def _reason_of_own_forward(module) -> str:
+    return f"{type(module).__name__} was given a forward, which hides ours: call replace_layers before"
 
 
 def _has_chain(sequential) -> bool:

@@ -1,6 +1,7 @@
 """`modelnew.replace_layers`: the same network on our kernels, and back."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -225,6 +226,37 @@ def test_batch_norms_that_pytorch_has_synchronised_are_kept():
     replaced = modelnew.replace_layers(network)
     assert list(replaced.layers) == ["1"]
     assert "replace_layers first, and modelnew.convert_sync_batchnorm" in replaced.kept["0"]
+
+
+def given_a_forward(module):
+    """As by hooks of accelerate: the object's forward calls that of its class at the time."""
+    module.forward = functools.partial(type(module).forward, module)
+    return module
+
+
+def test_layers_with_a_forward_of_their_own_are_kept(device, launched):
+    chain = nn.Sequential(
+        nn.ConvTranspose2d(16, 16, 3), nn.BatchNorm2d(16), nn.Tanh(), nn.MaxPool2d(2), nn.GroupNorm(2, 16)
+    ).to(device)
+    network = nn.Sequential(given_a_forward(nn.Tanh()), given_a_forward(chain))
+    replaced = modelnew.replace_layers(network)
+    assert list(replaced.layers) == [f"1.{i}" for i in range(5)]
+    reasons = {
+        name: f"{kind} was given a forward, which hides ours" for name, kind in (("0", "Tanh"), ("1", "Sequential"))
+    }
+    assert {name: reason.split(":")[0] for name, reason in replaced.kept.items()} == reasons
+    network[0](torch.randn(3, device=device))
+    assert not launched
+
+
+def test_undo_keeps_layers_that_were_given_a_forward_since(device):
+    network, x = nn.Sequential(nn.BatchNorm2d(3), nn.Tanh()).to(device), torch.randn(2, 3, 4, 4, device=device)
+    replaced = modelnew.replace_layers(network)
+    given_a_forward(network[0])
+    replaced.undo()
+    assert replaced.layers == {"0": network[0]}
+    assert [type(layer) for layer in network] == [layers.BatchNorm2d, nn.Tanh]
+    network(x)
 
 
 def test_functions_in_a_forward_stay(device, launched):
