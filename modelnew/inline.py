@@ -108,7 +108,9 @@ def operator(
     defines: {macro: value}, further macros.
 
     Under torch.compile, torch.export and other tracers, the operator is one node of the graph (see
-    `inline_registered`). An operator can be pickled if the functions in its options can be; lambdas cannot.
+    `inline_registered`). Before torch.export.load in another process, define the operators of the program as they were,
+    in the same order, and call each once with meta tensors, which registers it. Functions in options must be compiled
+    by the same version of Python. An operator can be pickled if the functions in its options can be; lambdas cannot.
 
     Raises ValueError for a kernel that is not in `text` and for a parameter that matches nothing, and TypeError for an
     option of a wrong type. The function raises TypeError for a wrong number of arguments, a wrong type or dtype, and if

@@ -2,6 +2,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -131,6 +133,34 @@ def test_as_torch_checks_operators(device):
     opcheck(registered(product()).forward, (x, b, torch.float32, x.device))
     opcheck(registered(largest()).forward, (x, 2.0, torch.float32, x.device))
     opcheck(registered(reversed_add()).forward, (x, b, 2.0, torch.float32, x.device))
+
+
+TWICE = """
+extern "C" __global__ void twice(const float* x, float* y, int size) {
+    if (!threadIdx.x && blockIdx.x < size) y[blockIdx.x] = 2 * x[blockIdx.x];
+}"""
+LOADED = """
+import sys, torch
+from modelnew.inline import operator
+twice = operator(open(sys.argv[1]).read(), "twice", grid=lambda x: max(1, *(n for n in x.shape)))
+twice(torch.empty(1, device="meta"))
+assert torch.export.load(sys.argv[2]).module()(torch.ones(3)).tolist() == [2, 2, 2]
+"""
+
+
+def test_a_saved_program_in_another_process(tmp_path):
+    """The functions of options are the same there, too, though their code has another address."""
+    (tmp_path / "twice.cu").write_text(TWICE)
+    twice = operator(TWICE, "twice", grid=lambda x: max(1, *(n for n in x.shape)))
+
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            return twice(x)
+
+    program = torch.export.export(Network(), (torch.zeros(3),))
+    torch.export.save(program, tmp_path / "program.pt2")
+    files = [str(tmp_path / name) for name in ("twice.cu", "program.pt2")]
+    subprocess.run([sys.executable, "-c", LOADED, *files], check=True)
 
 
 def test_names():
