@@ -24,6 +24,8 @@ from .inline_autograd import Once, Recorded
 from .inline_declaration import Declaration, Options
 from .interop import FLOATS, TORCH, dense
 
+_INSTEAD = "use torch.export, or PyTorch's operators, of which torch.onnx.export can make a graph, too"
+
 
 def operator(
     text: str,
@@ -106,7 +108,9 @@ def operator(
     defines: {macro: value}, further macros.
 
     Under torch.compile, torch.export and other tracers, the operator is one node of the graph (see
-    `inline_registered`). An operator can be pickled if the functions in its options can be; lambdas cannot.
+    `inline_registered`). Before torch.export.load in another process, define the operators of the program as they were,
+    in the same order, and call each once with meta tensors, which registers it. Functions in options must be compiled
+    by the same version of Python. An operator can be pickled if the functions in its options can be; lambdas cannot.
 
     Raises ValueError for a kernel that is not in `text` and for a parameter that matches nothing, and TypeError for an
     option of a wrong type. The function raises TypeError for a wrong number of arguments, a wrong type or dtype, and if
@@ -228,7 +232,7 @@ class Operator:
         return self.declared.kernel[name, FLOATS[dtype]]
 
     def __prepare_scriptable__(self):
-        recorders.refuse_script(str(self))
+        recorders.refuse_script(str(self), _INSTEAD)
 
     def __call__(self, /, *args: Any, **options: Any) -> Any:
         if is_dynamo_compiling():
@@ -239,7 +243,7 @@ class Operator:
         if has_torch_function(values):
             return handle_torch_function(self, values, *args, **options)
         if recorders.present() or _without_memory(values):
-            recorders.refuse(str(self))
+            recorders.refuse(str(self), _INSTEAD)
             from .inline_registered import registered
 
             return registered(self)(*args, **options)

@@ -1,14 +1,15 @@
 """Inline operators as registered with PyTorch, for tracers: torch.compile, torch.export, make_fx.
 
-An operator is registered when it is first traced, as `modelnew_inline::<kernel>_<digest>`, with the signature of its
-kernels. The registered operator is functional: it works on copies of the arguments that the kernels change, and torch's
-copy_ writes them back. The backward's kernels are a second operator, `..._backward`. The functions among its options
-get meta tensors, which have no values.
+An operator is registered when it is first traced or called with meta tensors, as `modelnew_inline::<kernel>_<digest>`,
+with the signature of its kernels. The registered operator is functional: it works on copies of the arguments that the
+kernels change, and torch's copy_ writes them back. The backward's kernels are a second operator, `..._backward`. The
+functions among its options get meta tensors, which have no values.
 """
 
 import functools
 import hashlib
 import itertools
+import types
 from functools import partial
 
 import torch
@@ -152,10 +153,16 @@ class _Registered:
         return dict(zip(self.declared.numbers, given)), dict(zip(self.declared.tensors, given[count:]))
 
 
+def _facts(code):
+    """What a function does. The repr of a function inside it has an address, which differs between processes."""
+    constants = (_facts(c) if isinstance(c, types.CodeType) else c for c in code.co_consts)
+    return code.co_code, code.co_names, tuple(constants)
+
+
 def _name(op):
     """The kernel's name and a digest of the operator's definition. Caches of compiled graphs use it as a key."""
     codes = [(option, getattr(f, "__code__", None)) for option, f in op.options.functions()]
-    codes = [(option, code and (code.co_code, code.co_names, code.co_consts)) for option, code in codes]
+    codes = [(option, code and _facts(code)) for option, code in codes]
     made_from = repr((op.text, op.options._replace(output=None, shapes={}, sizes={}, workspace={}, grid=None), codes))
     first = f"{op.declared.name}_{hashlib.sha256(made_from.encode()).hexdigest()[:8]}"
     names = itertools.chain([first], (f"{first}_{number}" for number in itertools.count(2)))

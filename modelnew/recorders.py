@@ -67,21 +67,21 @@ def _early() -> bool:
     return _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
 
 
-_THEIRS = "or PyTorch's layers, which ModelNew(..., replace=()) has, and the undo() of replace_layers brings back"
+_INSTEAD = (
+    "use torch.export, or PyTorch's layers, which ModelNew(..., replace=()) has, and the undo() of replace_layers "
+    "brings back"
+)
 
 
-def refuse(name: str) -> None:
+def refuse(name: str, instead: str = _INSTEAD) -> None:
     """Raises RuntimeError in torch.jit.trace, which cannot record our operators' gradients. name: of the operator."""
     if _get_tracing_state():
-        raise RuntimeError(
-            f"{name} cannot be recorded by torch.jit.trace (which torch.onnx.export(dynamo=False) uses): use "
-            f"torch.export, {_THEIRS}"
-        )
+        raise RuntimeError(f"{name} cannot be recorded by torch.jit.trace: {instead}")
 
 
-def refuse_script(name: str) -> None:
+def refuse_script(name: str, instead: str = _INSTEAD) -> None:
     """Raises RuntimeError in torch.jit.script, which calls `__prepare_scriptable__` of each module and function."""
-    raise RuntimeError(f"{name} is no TorchScript: use torch.export, {_THEIRS}")
+    raise RuntimeError(f"{name} is no TorchScript: {instead}")
 
 
 def refuse_kernels() -> None:

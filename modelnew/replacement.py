@@ -4,6 +4,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import layers
 from .fusions import CHAINS, LENGTH, Sequential
@@ -65,10 +66,10 @@ def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
     Returns a `Replaced`: print it to see what was done; `undo()` takes it back.
 
     A layer is kept if its class is derived from PyTorch's, for instance by a parametrization, if it changes its input
-    in place, or if it was given another forward, as by accelerate's hooks. Calls of torch.nn.functional in a forward
-    are not replaced: use `modelnew.functional` there. Call replace_layers before torch.compile and `fully_shard`, and
-    before or after an optimizer is made. Inputs that ours refuse and PyTorch's take, such as complex numbers, raise an
-    error: see docs/works_with.md.
+    in place, if it is lazy, or if it was given another forward, as by accelerate's hooks. So is a
+    torch.nn.SyncBatchNorm. Calls of torch.nn.functional in a forward are not replaced: use `modelnew.functional` there.
+    Call replace_layers before torch.compile and `fully_shard`, and before or after an optimizer is made. Inputs that
+    ours refuse and PyTorch's take, such as complex numbers, raise an error: see docs/works_with.md.
 
     Raises ValueError for unknown numerics, and TypeError for what is no module. Nothing is changed then.
     """
@@ -85,8 +86,11 @@ def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
         elif reason := _reason_to_keep(child):
             replaced.kept[name] = reason
     for name, child in module.named_modules():
-        if type(child) is nn.Sequential and not _has_another_forward(child) and _has_chain(child):
-            _replace(replaced, name, child)
+        if type(child) is nn.Sequential and _has_chain(child):
+            if _has_another_forward(child):
+                replaced.kept[name] = _reason_of_forward(child)
+            else:
+                _replace(replaced, name, child)
     return replaced
 
 
@@ -116,15 +120,21 @@ def _first(names: list[str]) -> str:
 
 
 def _reason_to_keep(module) -> str | None:
+    if isinstance(module, nn.SyncBatchNorm):
+        return "SyncBatchNorm is PyTorch's: call replace_layers first, and modelnew.convert_sync_batchnorm then"
+    if isinstance(module, LazyModuleMixin) and module.cls_to_become in _OURS:
+        return f"{type(module).__name__} has no shape yet: call replace_layers again after a forward"
     if isinstance(module, nn.Sequential) or not isinstance(module, tuple(_OURS)) or type(module) in _THEIRS:
         return None
     if type(module) not in _OURS:
         return f"{type(module).__name__} is derived from PyTorch's layer"
-    if _has_another_forward(module):
-        return f"{type(module).__name__} was given another forward, as by accelerate's hooks: replace it before that"
     if getattr(module, "inplace", False):
         return f"{type(module).__name__}(inplace=True) changes its input, ours do not: set inplace to False before"
-    return None
+    return _reason_of_forward(module) if _has_another_forward(module) else None
+
+
+def _reason_of_forward(module) -> str:
+    return f"{type(module).__name__} was given another forward, as by accelerate's hooks: replace it before that"
 
 
 def _has_chain(sequential) -> bool:

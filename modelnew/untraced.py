@@ -45,10 +45,10 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
         return as_written(*args, **options)
 
     def as_written(*args, **options):
+        values = (*args, *options.values())
+        if has_torch_function(values):  # its errors need no other reason
+            return handle_torch_function(call, values, *args, **options)
         try:
-            values = (*args, *options.values())
-            if has_torch_function(values):
-                return handle_torch_function(call, values, *args, **options)
             if function.__name__ in traced and (recorders.present() or dispatches(values)):
                 return _of_library(function, args, options)
             return function(*args, **options)

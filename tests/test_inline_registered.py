@@ -2,6 +2,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -127,7 +129,9 @@ def test_recorders(device):
 
     exported = torch.export.export(Network(), (x, 2 * x))
     assert torch.equal(exported.module()(x + 1, x), (x + 1) * x * 2)
-    with pytest.raises(RuntimeError, match=r"product\(a, b\) cannot be recorded by torch\.jit\.trace"):
+    with pytest.raises(
+        RuntimeError, match=r"product\(a, b\) cannot be recorded by torch\.jit\.trace.*PyTorch's operators"
+    ):
         torch.jit.trace(function, (x, x))
 
 
@@ -137,6 +141,34 @@ def test_as_torch_checks_operators(device):
     opcheck(registered(product()).forward, (x, b, torch.float32, x.device))
     opcheck(registered(largest()).forward, (x, 2.0, torch.float32, x.device))
     opcheck(registered(reversed_add()).forward, (x, b, 2.0, torch.float32, x.device))
+
+
+TWICE = """
+extern "C" __global__ void twice(const float* x, float* y, int size) {
+    if (!threadIdx.x && blockIdx.x < size) y[blockIdx.x] = 2 * x[blockIdx.x];
+}"""
+LOADED = """
+import sys, torch
+from modelnew.inline import operator
+twice = operator(open(sys.argv[1]).read(), "twice", grid=lambda x: max(1, *(n for n in x.shape)))
+twice(torch.empty(1, device="meta"))
+assert torch.export.load(sys.argv[2]).module()(torch.ones(3)).tolist() == [2, 2, 2]
+"""
+
+
+def test_a_saved_program_in_another_process(tmp_path):
+    """The functions of options are the same there, too, though their code has another address."""
+    (tmp_path / "twice.cu").write_text(TWICE)
+    twice = operator(TWICE, "twice", grid=lambda x: max(1, *(n for n in x.shape)))
+
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            return twice(x)
+
+    program = torch.export.export(Network(), (torch.zeros(3),))
+    torch.export.save(program, tmp_path / "program.pt2")
+    files = [str(tmp_path / name) for name in ("twice.cu", "program.pt2")]
+    subprocess.run([sys.executable, "-c", LOADED, *files], check=True)
 
 
 def test_names():

@@ -203,9 +203,10 @@ def test_another_forward_given_before(network, device, launched):
     assert type(network.down[1]) is nn.BatchNorm2d
     assert type(network.bottom) is nn.Sequential
     assert type(network.bottom[1]) is layers.BatchNorm2d
-    assert replaced.kept["down.1"] == (
-        "BatchNorm2d was given another forward, as by accelerate's hooks: replace it before that"
-    )
+    for name, kind in (("down.1", "BatchNorm2d"), ("bottom", "Sequential")):
+        assert replaced.kept[name] == (
+            f"{kind} was given another forward, as by accelerate's hooks: replace it before that"
+        )
     network.down[:2](images(device))
     assert not launched
     for module in (network.down[1], network.bottom):
@@ -276,10 +277,19 @@ def test_what_is_no_module():
 
 
 def test_lazy_layers_are_kept_until_their_shape_is_known(device):
-    network = nn.Sequential(nn.LazyBatchNorm2d(device=device), nn.Tanh())
-    assert list(modelnew.replace_layers(network).layers) == ["1"]
+    network = nn.Sequential(nn.LazyBatchNorm2d(device=device), nn.Tanh(), nn.LazyInstanceNorm2d(device=device))
+    replaced = modelnew.replace_layers(network)
+    assert list(replaced.layers) == ["1"]
+    assert replaced.kept == {"0": "LazyBatchNorm2d has no shape yet: call replace_layers again after a forward"}
     network(torch.randn(2, 3, 4, 4, device=device))
     assert modelnew.replace_layers(network).layers == {"0": network[0]}
+
+
+def test_batch_norms_that_pytorch_has_synchronised_are_kept():
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.Tanh()))
+    replaced = modelnew.replace_layers(network)
+    assert list(replaced.layers) == ["1"]
+    assert "replace_layers first, and modelnew.convert_sync_batchnorm" in replaced.kept["0"]
 
 
 def test_functions_in_a_forward_stay(device, launched):

@@ -334,6 +334,20 @@ def test_torch_function_is_asked_first(name, launched):
     assert not launched
 
 
+class Refusing(torch.Tensor):
+    """A subclass that handles no function and no attribute, as the weights of torch's per-sample gradients."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(f"cannot handle {function.__name__}")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_torch_function_refuses_keeps_its_reason(name):
+    with pytest.raises(RuntimeError, match=f"cannot handle {name}"):
+        FUNCTIONS[name](torch.randn(2, 4, 6, 6).as_subclass(Refusing))
+
+
 def test_symbolic_trace_has_the_function_as_a_node(device):
     x = torch.randn(2, 3, 4, 4, device=device)
     for layer, function in ((layers.Tanh(), functional.tanh), (layers.MaxPool2d(2), functional.max_pool2d)):
