@@ -66,10 +66,17 @@ def _refused(what, line) -> tuple[tuple[str, str] | None, str]:
     if not match:
         return None, ""
     file, number = match[1], int(match[2])
-    lines = []
-    if file == MACROS:
-        lines = [f"-D{k}={v}" for k, v in what.defines]
-    else:
-        with contextlib.suppress(ValueError):  # a file of the compiler's own
-            lines = text(file).splitlines()
-    return ((file, f"    {number} | {lines[number - 1]}") if number <= len(lines) else None), match[3]
+    found = excerpt(number, [f"-D{k}={v}" for k, v in what.defines] if file == MACROS else lines_of(file))
+    return (file, found) if found else None, match[3]
+
+
+def lines_of(file: str) -> list[str]:
+    """The lines of a kernel source or an edited kernel; none of another file, as of the compiler's own."""
+    with contextlib.suppress(ValueError):
+        return text(file).splitlines()
+    return []
+
+
+def excerpt(number: int, lines: list[str]) -> str:
+    """A line, counted from 1, as errors show it; empty if there is none."""
+    return f"    {number} | {lines[number - 1]}" if number <= len(lines) else ""

@@ -145,7 +145,10 @@ def locate(name: str) -> tuple[str, str | None]:
         if file in files:
             return file, None
     hint = source.meant(name, [*known, *files])
-    raise ValueError(f"no kernel and no file is called {name!r}; {hint}cupy_kernels.kernels() lists all")
+    raise ValueError(
+        f"no kernel and no file of the package is called {name!r}; {hint}cupy_kernels.kernels() lists all. The text of "
+        "an inline operator is its attribute text"
+    )
 
 
 def files_with(name: str) -> list[str]:
@@ -196,6 +199,8 @@ def _check_entry_points(file, kernel, text):
     missing = [name for name in expected if name not in received]
     if missing:
         there = f"; it has {', '.join(received)}" if received else ""
+        if not kernel and len(received) == 1 and expected.keys() >= received.keys():
+            there += f", which is edited by its own name, {next(iter(received))!r}"
         raise ValueError(
             f"the text for {kernel or file} lacks the kernel {', '.join(missing)}{there}. It must define\n"
             + "\n".join(f'    extern "C" __global__ void {n}({_list(p)})' for n, p in expected.items())

@@ -200,7 +200,8 @@ def _errors(model, model_new, x, cls, seed) -> bool:
     for row in rows:
         cells = [f"{row.ours.rms:.1e}", f"{row.torch.rms:.1e}", f"{row.ratio:.2f}"]
         cells += [f"{row.ours.max:.1e}", f"{row.torch.max:.1e}"] if wide else []
-        table.add_row(row.what, *cells, "[green]ok[/]" if row.ok else "[red]FAIL[/]")
+        worse = any(ours > RATIO * theirs for ours, theirs in zip(row.ours, row.torch))
+        table.add_row(row.what, *cells, f"[green]ok{'*' * worse}[/]" if row.ok else "[red]FAIL[/]")
     out.print(table)
     close = {
         text: ", ".join(row.what for row in rows if row.close is passes)
@@ -213,7 +214,7 @@ def _errors(model, model_new, x, cls, seed) -> bool:
         ("It does not judge gradients: small values of long sums differ more. " if any(close.values()) else "")
         + "Errors are relative to the result's rms. The gradient of conv_transpose.bias is 0 but for rounding: its "
         "errors are relative to the rms of conv_transpose.weight's. "
-        f"ok: at most {RATIO} times PyTorch's error, in rms and maximum, plus what chance and rounding explain. "
+        f"ok: at most {RATIO} times PyTorch's error, in rms and maximum. ok*: more, as chance and rounding explain. "
         + ("" if wide else f"A terminal of {_WIDE} columns shows the maxima. ")
         + "Pooling windows with two almost equal maxima get gradient 0, because rounding picks the winner.",
         highlight=False,

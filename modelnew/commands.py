@@ -141,18 +141,20 @@ def progress(total: int, completed: int = 0) -> Iterator[Callable]:
 def doing(show: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
     """A context that calls show(text) with what is being done; gives what sets that.
 
-    While kernels are compiled, the text names one of them. Where stderr is no terminal, on which nothing can be shown
-    and taken back, each text is printed there as well, once.
+    While kernels are compiled, or loaded, the text names one of them. Where stderr is no terminal, on which nothing can
+    be shown and taken back, each text is printed there as well: a kernel once, and what comes after it.
     """
     compiling, now = {}, ""
-    console, printed = Console(stderr=True), {""}
+    console, printed, of_kernel = Console(stderr=True), {""}, False
 
     def refresh():
+        nonlocal of_kernel
         names = list(compiling.values())
-        text = f"compiling {names[-1]}" if names else now
+        text = f"compiling or loading {names[-1]}" if names else now
         show(text)
-        if text not in printed and not console.is_terminal:
+        if not console.is_terminal and (text not in printed or (of_kernel and not names)):
             printed.add(text)
+            of_kernel = bool(names)
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def begin(kernel):

@@ -50,8 +50,8 @@ def _advice(declared, args, options) -> str:
     if not lacking:
         return ""
     return (
-        f". {' and '.join(lacking)} must be given in the call. A number called size must not: it is the number of "
-        f"elements of the output. sizes={{{lacking[0]!r}: a function of the arguments}} computes another"
+        f". {' and '.join(lacking)} must be given in the call. If it is to be the number of the output's elements, "
+        f"call it size in the kernel. sizes={{{lacking[0]!r}: a function of the arguments}} computes another number"
     )
 
 

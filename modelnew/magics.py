@@ -306,4 +306,5 @@ class KernelMagics(Magics):
 
 
 def _unchanged():
-    return f"Nothing was changed. Edited at present: {', '.join(cupy_kernels.edited()) or 'nothing'}."
+    edited = cupy_kernels.edited()
+    return f"Nothing was changed. In force from before: {', '.join(edited) if edited else 'no edit'}."

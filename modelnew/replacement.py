@@ -1,7 +1,7 @@
 """`replace_layers`: PyTorch's layers in any network become ours."""
 
 from collections import Counter
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -12,6 +12,7 @@ from .numerics import check_numerics
 
 _OURS = {getattr(nn, name): getattr(layers, name) for name in layers.__all__} | {nn.Sequential: Sequential}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_IN_PLACE = "replace_layers changes a module in place, and returns a record of the changes: go on with the module"
 _NOTHING = f"nothing\nkinds of layers that can be replaced: {', '.join(layers.__all__)}"
 
 
@@ -37,6 +38,12 @@ class Replaced(NamedTuple):
         for name, reason in self.kept.items():
             reasons.setdefault(reason, []).append(name or "the module")
         return "\n".join((*lines, *(f"kept {_first(names)}: {reason}" for reason, names in reasons.items())))
+
+    def __call__(self, *args: object, **options: object) -> NoReturn:
+        raise TypeError(_IN_PLACE)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{name!r} is no attribute of a Replaced. {_IN_PLACE}")
 
     def undo(self) -> None:
         """Makes the layers PyTorch's again, and empties `layers`. Parameters and buffers stay as they are now.

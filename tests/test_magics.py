@@ -168,8 +168,8 @@ def test_a_bad_cell_leaves_what_was_there(run, before, cell, message):
     text, error = run(f"%%cu tanh_forward --device cpu\n{cell}")
     assert error == "UsageError"
     assert message in text
-    there = "tanh_forward" if before else "nothing"
-    assert f"Nothing was changed. Edited at present: {there}." in text
+    there = "tanh_forward" if before else "no edit"
+    assert f"Nothing was changed. In force from before: {there}." in text
     assert source.overrides()[0] == ({"tanh_forward": before} if before else {})
     torch.testing.assert_close(tanh(torch.ones(5)), torch.ones(5).tanh())
 
@@ -199,7 +199,7 @@ def test_what_is_wrong_is_shown(run):
         (f"%%cu tanh_forward --images 0\n{FORWARD}", "images must be 1 or more, received 0"),
         (f'%%cu "tanh_forward\n{FORWARD}', "No closing quotation"),
         ("%cu_reset tanh_forward", "tanh_forward is not edited; edited at present: nothing"),
-        ("%cu_reset nonsense", "no kernel and no file is called 'nonsense'"),
+        ("%cu_reset nonsense", "no kernel and no file of the package is called 'nonsense'"),
     ],
 )
 def test_bad_lines(run, cell, message):

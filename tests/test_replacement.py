@@ -233,6 +233,15 @@ def test_another_forward_given_since(network, device):
     assert not replaced.layers
 
 
+def test_a_record_is_no_network(network):
+    replaced = modelnew.replace_layers(network)
+    for use in (lambda: replaced(1), lambda: replaced.parameters()):
+        with pytest.raises(
+            (TypeError, AttributeError), match="in place, and returns a record of the changes: go on with"
+        ):
+            use()
+
+
 def test_many_layers_kept_for_one_reason():
     network = nn.Sequential(*(nn.LeakyReLU(inplace=True) for _ in range(5)))
     for count, names in ((3, "0, 1, 2"), (5, "0, 1 and 3 more")):

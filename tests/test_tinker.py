@@ -256,7 +256,11 @@ def test_compile_error_names_the_line_of_the_edited_text(device):
             ValueError,
             r"lacks the kernel tanh_forward\. It must define\n    extern \"C\" __g",
         ),
-        ({"tanh.cu": FORWARD}, ValueError, r"tanh.cu lacks the kernel tanh_backward; it has tanh_forward\. It must"),
+        (
+            {"tanh.cu": FORWARD},
+            ValueError,
+            r"lacks the kernel tanh_backward; it has tanh_forward, which is edited by its own name, 'tanh_forward'\. It",
+        ),
         (
             {"tanh_forward": FORWARD.replace("tanh_forward", "forward")},
             ValueError,

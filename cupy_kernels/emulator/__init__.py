@@ -37,7 +37,7 @@ from pathlib import Path
 
 from .. import cache, forks, nvrtc, source
 from ..backend import MAX_SHARED_BYTES, Backend, Room
-from ..compile_errors import MACROS, compile_error
+from ..compile_errors import MACROS, compile_error, excerpt, lines_of
 from ..errors import BackendError, EmulatorError, KernelCompileError
 from ..parsing import EXTERN_SHARED, bounds, declarations, dynamic_shared
 from ..source import Kernel, is_packaged, unit_of_file
@@ -290,10 +290,16 @@ def _run(packed) -> None:
     message += messages.of_view(message, {p.name: int(word) for p, word in zip(step.parameters, words) if p.pointer})
     message += messages.of_output(message, [p.name for p, given in zip(step.parameters, parameters) if given.kind == 3])
     if not re.match(rb"(<\w+>: )?interrupted", failure):
-        raise EmulatorError(message)
+        raise EmulatorError("\n".join([message, *_excerpts(message)]))
     with contextlib.suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     raise KeyboardInterrupt(f"{message}. CUPY_KERNELS_TIMEOUT=5 in the environment stops launches after 5 seconds")
+
+
+def _excerpts(message) -> list[str]:
+    """The lines of the text that a message names."""
+    places = dict.fromkeys(re.findall(r"\b([\w.]+):(\d+)\b", message))
+    return list(filter(None, (excerpt(int(number), lines_of(file)) for file, number in places)))
 
 
 def _too_large(step, entry) -> str:
