@@ -11,6 +11,8 @@ from typing import NamedTuple
 from . import parsing, source
 from .display import Rows, highlighted
 
+_PIPED = 130  # columns of what is no terminal: the longest line of a kernel, and its number
+
 
 class KernelInfo(NamedTuple):
     """A kernel, as `kernels` lists it.
@@ -78,7 +80,10 @@ def show(name: str) -> None:
     """Prints `text`, highlighted and with line numbers. Raises ValueError for an unknown name."""
     from rich.console import Console
 
-    Console().print(highlighted(*_text(name)))
+    console = Console()
+    if not (console.is_terminal or console.is_jupyter):
+        console.width = max(console.width, _PIPED)
+    console.print(highlighted(*_text(name)))
 
 
 def _text(name):
