@@ -323,8 +323,8 @@ def test_dynamic_shared_memory(device):
     for wrong, error, message in (
         (-1, ValueError, "shared must be 0 to 232448 bytes, received -1"),
         (227 * 1024 + 1, ValueError, "shared must be 0 to 232448 bytes, received 232449"),
-        (1e3, TypeError, r"shared is of type int, received 1000\.0"),
-        (lambda x: 4, TypeError, "shared is of type int, received <function"),
+        (1e3, TypeError, r"shared must be an int, received 1000\.0"),
+        (lambda x: 4, TypeError, "shared must be an int, received <function"),
     ):
         with pytest.raises(error, match=message):
             reversed_rows(shared=wrong)
