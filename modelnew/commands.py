@@ -21,7 +21,7 @@ from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 from . import environment, plots, records
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}  # context_settings of all commands
-_MOST_OF_SEEDS = 2**63 - 1
+_MOST_OF_SEEDS = 2**31 - 1
 
 
 class Command(click.Command):
