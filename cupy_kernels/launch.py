@@ -20,7 +20,8 @@ BLOCK_LIMITS = (1024, 1024, 64)
 MAX_THREADS = 1024
 
 NULL = np.uint64(0)  # a null pointer
-_MOST = {np.dtype(kind): float(np.finfo(kind).max) for kind in (np.float16, np.float32)}  # a float64 holds all floats
+# The least numbers that a type rounds to infinity. A float64 holds all floats.
+_TOO_LARGE = {np.dtype(np.float16): 65520.0, np.dtype(np.float32): 2.0**128 - 2.0**103}
 _observers = []
 _thread = threading.local()
 
@@ -193,8 +194,8 @@ def word(number: float, parameter: Parameter) -> int:
 
 
 def held(number: float, parameter: Parameter) -> float:
-    """The number. Raises ValueError if it is finite and the parameter's type holds no floats as large."""
-    if math.inf > abs(number) > _MOST.get(parameter.dtype, math.inf):
+    """The number. Raises ValueError if it is finite and would be infinite in the parameter's type."""
+    if math.inf > abs(number) >= _TOO_LARGE.get(parameter.dtype, math.inf):
         raise _does_not_fit(parameter, number)
     return number
 

@@ -50,7 +50,7 @@ def output_option(*kinds: str, drawn: bool = False):
     return click.option(
         "--output",
         type=click.Path(file_okay=False, path_type=Path),
-        callback=lambda _, __, folder: folder and _writable(folder),
+        callback=lambda context, _, folder: folder if context.resilient_parsing else folder and _writable(folder),
         help=f"Folder for {names}{' and the .png' if drawn else ''}.  [default: benchmarks/results in the "
         "repository's root, the current directory elsewhere; on the CPU nothing is written]",
     )
@@ -145,14 +145,14 @@ def doing(show: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
     be shown and taken back, each text is printed there as well: a kernel once, and what comes after it.
     """
     compiling, now = {}, ""
-    console, printed, of_kernel = Console(stderr=True), {""}, False
+    console, printed, of_kernel = Console(stderr=True), set(), False
 
     def refresh():
         nonlocal of_kernel
         names = list(compiling.values())
         text = f"compiling or loading {names[-1]}" if names else now
         show(text)
-        if not console.is_terminal and (text not in printed or (of_kernel and not names)):
+        if text and not console.is_terminal and (text not in printed or (of_kernel and not names)):
             printed.add(text)
             of_kernel = bool(names)
             console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -86,20 +86,17 @@ def planned_kernels(module: nn.Module, /, *args: Any, **options: Any) -> tuple[l
         torch.set_grad_enabled(recorded),
         torch.random.fork_rng(gpus),
     ):
-        leaves = []
-
-        def own(tensor):
-            leaf = (tensor.clone() if tensor.is_inference() else tensor).detach()
-            leaves.append(leaf.requires_grad_(tensor.is_floating_point()))
-            return leaf.clone()  # which the module may change in place
-
-        inputs, named = tree_map_only(torch.Tensor, own, (args, options))
+        leaves = {tensor: (tensor.clone() if tensor.is_inference() else tensor).detach() for tensor in tensors}
+        for leaf in leaves.values():
+            leaf.requires_grad_(leaf.is_floating_point())
+        copies = {tensor: leaf.clone() for tensor, leaf in leaves.items()}  # which the module may change in place
+        inputs, named = tree_map_only(torch.Tensor, copies.__getitem__, (args, options))
         with planned() as forward:
             results = torch.func.functional_call(module, buffers, inputs, named)
         with planned() as backward:
             results = [y for y in tree_leaves(results) if isinstance(y, torch.Tensor) and y.requires_grad]
             if results:
-                wanted = [t for t in (*leaves, *module.parameters()) if t.requires_grad]
+                wanted = [t for t in (*leaves.values(), *module.parameters()) if t.requires_grad]
                 torch.autograd.grad(results, wanted, list(map(torch.ones_like, results)), allow_unused=True)
     forward, backward = ([kernel for plan in plans for kernel in plan.kernels] for plans in (forward, backward))
     return forward, backward

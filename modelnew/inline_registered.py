@@ -154,8 +154,9 @@ class _Registered:
 
 
 def _facts(code):
-    """What a function does. The repr of a function inside it has an address, which differs between processes."""
+    """What a function does. Addresses of functions inside it, and the order of sets, differ between processes."""
     constants = (_facts(c) if isinstance(c, types.CodeType) else c for c in code.co_consts)
+    constants = (sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in constants)
     return code.co_code, code.co_names, tuple(constants)
 
 

@@ -199,10 +199,10 @@ def number(value, name: str) -> float:
 
 
 def flag(value, name: str) -> bool:
-    """A bool, also of NumPy or as an int. Raises TypeError for anything else, such as "False", which is true."""
+    """A bool, also of NumPy, a symbol, or an int. Raises TypeError for anything else, as for "False", which is true."""
     if type(value) is bool:
         return value
-    if not isinstance(value, int | np.bool_):
+    if not isinstance(value, int | np.bool_ | torch.SymBool):
         raise TypeError(f"{name} must be True or False, received {value!r}")
     return bool(value)
 

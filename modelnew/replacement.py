@@ -1,7 +1,7 @@
 """`replace_layers`: PyTorch's layers in any network become ours."""
 
 from collections import Counter
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -39,11 +39,13 @@ class Replaced(NamedTuple):
             reasons.setdefault(reason, []).append(name or "the module")
         return "\n".join((*lines, *(f"kept {_first(names)}: {reason}" for reason, names in reasons.items())))
 
-    def __call__(self, *args: object, **options: object) -> NoReturn:
-        raise TypeError(_IN_PLACE)
+    if not TYPE_CHECKING:  # type checkers refuse both, and would else take what follows for unreachable
 
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"{name!r} is no attribute of a Replaced. {_IN_PLACE}")
+        def __call__(self, *args, **options):
+            raise TypeError(_IN_PLACE)
+
+        def __getattr__(self, name):
+            raise AttributeError(f"{name!r} is no attribute of a Replaced. {_IN_PLACE}")
 
     def undo(self) -> None:
         """Makes the layers PyTorch's again, and empties `layers`. Parameters and buffers stay as they are now.

@@ -143,8 +143,9 @@ def test_progress_says_what_is_done(monkeypatch, capsys):
     monkeypatch.setattr(backend, "_listeners", [])
     shown = []
     with commands.doing(shown.append) as what:
-        what("running")
         (listener,) = backend._listeners
+        listener(SimpleNamespace(name="0"))()
+        what("running")
         first, second = listener(SimpleNamespace(name="a")), listener(SimpleNamespace(name="b"))
         what("timing")
         first()
@@ -153,10 +154,10 @@ def test_progress_says_what_is_done(monkeypatch, capsys):
         listener(SimpleNamespace(name="c"))()
     a, b = "compiling or loading a", "compiling or loading b"
     c = "compiling or loading c"
-    assert shown == ["running", a, b, b, b, "timing", a, "timing", c, "timing"]
+    assert shown == ["compiling or loading 0", "", "running", a, b, b, b, "timing", a, "timing", c, "timing"]
     assert not backend._listeners
     said = capsys.readouterr()
-    assert said.err.splitlines() == ["running", a, b, "timing", c, "timing"]
+    assert said.err.splitlines() == ["compiling or loading 0", "running", a, b, "timing", c, "timing"]
     assert not said.out
 
 
@@ -234,6 +235,9 @@ def test_a_folder_that_cannot_be_written_is_refused_first(command, tmp_path):
     code, text = invoke(command, "--output", file / "deep")
     assert code == 2
     assert "no file can be written there: [Errno" in text
+    arguments = ["--output", str(tmp_path / "new")]
+    cli.main.commands[command].make_context(command, arguments, resilient_parsing=True)  # as shells complete words
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("command", [["parity"], ["bench"], ["fuzz"], ["scaling", "--tiny"], ["training"]])

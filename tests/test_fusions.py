@@ -149,6 +149,8 @@ def test_errors(device):
         assert name not in inspect.signature(functional.conv_bn_tanh_max_pool_group_norm).parameters
         with pytest.raises(TypeError, match=name):
             functional.conv_bn_tanh_max_pool_group_norm(**options, **{name: value})
+    with pytest.raises(TypeError, match=r"^conv_bn_tanh_max_pool_group_norm: input must be a dense tensor"):
+        functional.conv_bn_tanh_max_pool_group_norm(**{**options, "input": [1.0]})
 
 
 @pytest.mark.parametrize("value", [torch.tensor([2, 2]), np.array([2, 2]), np.array([1]), "2"], ids=repr)

@@ -7,6 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cupy_kernels import backend, common, compiler, source
 from cupy_kernels.errors import BackendError
@@ -245,6 +246,14 @@ def test_arguments(convert, accepted, refused, error, allowed):
     for value in refused:
         with pytest.raises(error, match=f"what must be {allowed}, received "):
             convert(value, "what")
+
+
+def test_a_flag_that_is_a_symbol():
+    def pooled(x):
+        return functional.max_pool2d(x, 2, ceil_mode=x.shape[0] > 1)
+
+    graph = make_fx(pooled, tracing_mode="symbolic")(torch.ones(2, 3, 5, 5))
+    assert graph(torch.ones(3, 3, 5, 5)).shape == (3, 3, 3, 3)
 
 
 OPERATORS = {case.what: case for case in checks.CASES}

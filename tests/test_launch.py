@@ -1,4 +1,7 @@
 import ctypes
+import math
+import re
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -7,7 +10,7 @@ import pytest
 import torch
 
 from cupy_kernels import compiler, driver, source
-from cupy_kernels.launch import Varying, launch
+from cupy_kernels.launch import Varying, launch, word
 from cupy_kernels.plan import Plan, Slot
 from cupy_kernels.source import Kernel
 from modelnew import inline
@@ -252,6 +255,19 @@ def test_numbers_that_do_not_fit(arguments):
         start(x, y, 2**31, size)
     assert error.value.__suppress_context__
     start(x, y, -1, 2**40, block=(6, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounded", "refused"),
+    [(np.float16, 65519.0, 65520.0), (np.float32, 3.4028235e38, 2.0**128 - 2.0**103), (np.float64, 1.7e308, None)],
+)
+def test_numbers_that_are_infinite_in_a_smaller_type(dtype, rounded, refused):
+    parameter = source.Parameter("p", np.dtype(dtype), False, False, False)
+    for number in (rounded, -rounded, math.inf, -math.inf, -0.0, math.nan):
+        assert word(number, parameter).to_bytes(8, sys.byteorder)[: dtype().itemsize] == dtype(number).tobytes()
+    for number in (refused, -refused) if refused else ():
+        with pytest.raises(ValueError, match=f"p={re.escape(str(number))} does not fit {np.dtype(dtype)}, which holds"):
+            word(number, parameter)
 
 
 KINDS = """#include "common.cuh"

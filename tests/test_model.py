@@ -420,6 +420,12 @@ def test_explain_modules_of_several_inputs(device, launched):
     text = explain(Module(), x, torch.tensor(3, device=device), features={"last": x})
     first, second = "tanh_forward, leaky_relu_forward", "leaky_relu_backward, tanh_backward"
     assert text.splitlines() == [f"forward: {first}", f"backward: {second}"]
+
+    class Attention(torch.nn.Module):
+        def forward(self, query, *, key):
+            return functional.tanh(query) if key is query else query
+
+    assert explain(Attention(), x, key=x) == "forward: tanh_forward\nbackward: tanh_backward"
     assert explain(layers.Tanh(), input=x).startswith("forward: tanh_forward")
     assert not launched
 

@@ -142,7 +142,7 @@ def check_three(input, pool: Pool, batches, others, activation, negative_slope=0
     check_supported(input, activation, pool)
 
 
-def tanh_of(function: Callable) -> Callable:
+def tanh_of(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """conv_bn_tanh_max_pool_group_norm, by a function that takes any activation."""
 
     def conv_bn_tanh_max_pool_group_norm(*args: Any, **options: Any) -> torch.Tensor:
@@ -152,6 +152,7 @@ def tanh_of(function: Callable) -> Callable:
     signature = inspect.signature(function)
     parameters = [p for name, p in signature.parameters.items() if name not in ("activation", "negative_slope")]
     conv_bn_tanh_max_pool_group_norm.__signature__ = signature.replace(parameters=parameters)
+    conv_bn_tanh_max_pool_group_norm.__qualname__ = conv_bn_tanh_max_pool_group_norm.__name__  # which errors show
     return conv_bn_tanh_max_pool_group_norm
 
 

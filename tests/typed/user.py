@@ -40,6 +40,15 @@ def use_models(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def what_is_not_run(network: nn.Module, x: torch.Tensor) -> None:
+    fused = functional.conv_bn_tanh_max_pool_group_norm(x, None, None, training=True, conv_weight=x, num_groups=2)
+    assert_type(fused, torch.Tensor)
+    replaced = modelnew.replace_layers(network)
+    replaced(x)  # type: ignore[operator]
+    replaced.eval()  # type: ignore[attr-defined]
+    assert_type(replaced.before, int)
+
+
 def use_own_kernels(x: torch.Tensor) -> None:
     cupy_kernels.show("tanh_forward")
     with cupy_kernels.override({"tanh_forward": "..."}):
