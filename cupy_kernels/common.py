@@ -1,5 +1,7 @@
 """Shared code of the operators' host modules: macros for dtypes, launch sizes, and checks."""
 
+import numbers
+
 import numpy as np
 
 from .plan import Slot
@@ -81,7 +83,7 @@ def same_shape(**arrays) -> None:
 
 def check_within(name: str, value, least: int, most: int, unit: str) -> None:
     """Raises TypeError unless the value is an int, and ValueError unless it is within these limits."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, received {value!r}")
     if not least <= value <= most:
         raise ValueError(f"{name} must be {least} to {most} {unit}, received {value}")

@@ -155,9 +155,9 @@ class _Registered:
 
 def _facts(code):
     """What a function does. Addresses of functions inside it, and the order of sets, differ between processes."""
-    constants = (_facts(c) if isinstance(c, types.CodeType) else c for c in code.co_consts)
-    constants = (sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in constants)
-    return code.co_code, code.co_names, tuple(constants)
+    constants = [c for c in code.co_consts if not (isinstance(c, str) and "<locals>" in c)]  # Python 3.10: where it is
+    constants = [sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in constants]
+    return code.co_code, code.co_names, [_facts(c) if isinstance(c, types.CodeType) else c for c in constants]
 
 
 def _name(op):

@@ -3,6 +3,7 @@
 import stat
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,7 @@ def test_attributes_that_cannot_be():
     ):
         with pytest.raises(error, match=message):
             cupy_kernels.attributes("tanh_forward", "sm_80", **options)
+    assert cupy_kernels.attributes("tanh_forward", "sm_80", block=np.int64(128))
 
 
 @pytest.mark.usefixtures("needs_nvrtc")
