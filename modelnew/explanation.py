@@ -40,7 +40,7 @@ def explain(module: nn.Module, /, *args: Any, **options: Any) -> str:
         raise TypeError(f"module must be a torch.nn.Module, received a {type(module).__name__}")
     x = next((value for value in tree_leaves((args, options)) if isinstance(value, torch.Tensor)), None)
     if x is None:
-        raise TypeError(f"explain(module, x) takes what module(x) takes, with a tensor; received {args} {options}")
+        raise TypeError("explain(module, x) takes what module(x) takes, and received no tensor")
     lines, chains = [], []
     fusions.noted[threading.get_ident()] = chains
     try:

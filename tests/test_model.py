@@ -436,7 +436,7 @@ def test_explain_modules_of_several_inputs(device, launched):
         (("x", torch.ones(1)), "module must be a torch.nn.Module, received a str"),
         (
             (torch.nn.Tanh(), [1.0]),
-            r"explain\(module, x\) takes what module\(x\) takes, with a tensor; received \(\[1.0",
+            r"explain\(module, x\) takes what module\(x\) takes, and received no tensor",
         ),
     ],
 )
