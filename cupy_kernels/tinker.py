@@ -149,11 +149,8 @@ def locate(name: str) -> tuple[str, str | None]:
     for file in (name, f"{name}.cu"):
         if file in files:
             return file, None
-    hint = source.meant(name, [*known, *files])
-    raise ValueError(
-        f"no kernel and no file of the package is called {name!r}; {hint}cupy_kernels.kernels() lists all. The text of "
-        "an inline operator is its attribute text"
-    )
+    hint = source.meant(name, [*known, *files]) or "the text of an inline operator is its attribute text; "
+    raise ValueError(f"no kernel and no file of the package is called {name!r}; {hint}cupy_kernels.kernels() lists all")
 
 
 def files_with(name: str) -> list[str]:

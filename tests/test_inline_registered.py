@@ -117,6 +117,20 @@ def test_errors_are_those_of_a_call(device):
         grad(g.sum(), x)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated")
+def test_a_call_in_a_scripted_forward_stays_pythons(device, tmp_path):
+    function, x = product(), torch.randn(3, 4, device=device)
+
+    class Network(torch.nn.Module):
+        def forward(self, a, b):
+            return function(a, b)
+
+    scripted = torch.jit.script(Network())
+    assert torch.equal(scripted(x, 2 * x), x * 2 * x)
+    with pytest.raises(RuntimeError, match="Python function"):
+        scripted.save(tmp_path / "network.pt")
+
+
 def test_recorders(device):
     function, x = product(), torch.randn(3, 4, device=device)
     graph = make_fx(lambda a, b: function(a + 1, b), tracing_mode="fake")(x, 2 * x)
