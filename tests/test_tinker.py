@@ -252,7 +252,11 @@ def test_compile_error_names_the_line_of_the_edited_text(device):
     ("edits", "error", "message"),
     [
         ({"tanh_forwrad": "x"}, ValueError, r"called 'tanh_forwrad'; did you mean tanh_forward, .*kernels\(\) lists"),
-        ({"zzz": "x"}, ValueError, r"called 'zzz'; cupy_kernels.kernels"),
+        (
+            {"zzz": "x"},
+            ValueError,
+            r"called 'zzz'; the text of an inline operator is its attribute text; cupy_kernels.kernels",
+        ),
         (
             {"tanh_forward": "int x;"},
             ValueError,
